@@ -1,0 +1,5 @@
+"""`python -m batch_invariant` is `bi`."""
+
+from batch_invariant.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""What a vendor package implements: one `Backend` class, found by its entry point's name."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from batch_invariant.guarantee import Guarantee
+
+API_VERSION = 1
+"""Raised whenever a backend written for the previous number would not work any more."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here; if not, why, and what the user can do about it."""
+
+    ok: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One operator of one backend.
+
+    fn: takes the arguments of the contract's schema, in its order, and returns new tensors.
+    guarantee: what the rows' bits do not depend on.
+    dtypes: input dtypes for which the guarantee holds.
+    order: the order of the additions, by dtype where it differs; for documentation and checks.
+    portable: dtypes with the same bits as the CPU reference on any device with IEEE fp32 FMA.
+    """
+
+    fn: Callable[..., Any]
+    guarantee: Guarantee
+    dtypes: frozenset[torch.dtype]
+    order: str | Mapping[torch.dtype, str]
+    portable: frozenset[torch.dtype] = frozenset()
+
+    def order_of(self, dtype: torch.dtype) -> str:
+        """The order of the additions for inputs of this dtype."""
+        return self.order if isinstance(self.order, str) else self.order[dtype]
+
+
+class Backend(abc.ABC):
+    """A vendor's kernels for one torch device type.
+
+    Constructing a backend must be cheap and must not need the vendor's SDK to work: `probe` says
+    whether it does.
+    """
+
+    name: ClassVar[str]
+    device_type: ClassVar[str]
+    api_version: ClassVar[int]
+
+    @abc.abstractmethod
+    def probe(self) -> Availability:
+        """Whether the kernels can run here, without raising."""
+
+    @abc.abstractmethod
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The kernels by operator name; asked only when `probe` says ok."""
+
+    def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
+        """More aten overloads that must change on this device while the mode is on.
+
+        For operators that need no contract of their own, such as elementwise functions whose
+        stock kernel is position-dependent here. Each callable takes the dispatch keyset first.
+        """
+        return {}
+
+    def activate(self) -> None:
+        """Sets vendor switches (determinism levels, fused features off) when it is selected."""
+
+    def deactivate(self) -> None:
+        """Undoes `activate` exactly."""
+
+    def to_native(self, tensor: torch.Tensor) -> Any:
+        """A CPU tensor as this backend's kernels take it."""
+        return tensor.to(self.device_type)
+
+    def to_torch(self, array: Any) -> torch.Tensor:
+        """A kernel's result as a CPU tensor."""
+        tensor: torch.Tensor = array.cpu()
+        return tensor

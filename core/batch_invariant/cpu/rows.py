@@ -1,0 +1,189 @@
+"""Calls of the native row operations on tensors; native/rows.h states what each computes."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from batch_invariant.cpu import native
+from batch_invariant.errors import OpNotSupported
+
+_i32, _i64, _pointer, _double = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+
+SUM, MEAN, PROD, NORM0, NORM1, NORM2, NORM_INF, NORM_NEG_INF = range(8)
+SOFTMAX, LOG_SOFTMAX = range(2)
+LARGEST, SMALLEST = range(2)
+
+_CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
+
+_SIGNATURES: dict[str, list[Any]] = {
+    "bi_row_reduce": [_i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
+    "bi_row_var": [
+        _i32, _i32, _i32, _i64, _i64, _pointer, _i64, _double, _pointer, _pointer, _i32,
+    ],
+    "bi_row_softmax": [
+        _i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _i32,
+    ],
+    "bi_row_logsumexp": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
+    "bi_row_softmax_backward": [
+        _i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _pointer, _i64, _i32,
+    ],
+    "bi_rms_norm": [
+        _i32, _i32, _i32, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64, _pointer, _double,
+        _pointer, _i64, _pointer, _i64, _pointer, _i32,
+    ],
+    "bi_layer_norm": [
+        _i32, _i32, _i32, _i64, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer, _double,
+        _pointer, _i64, _pointer, _pointer, _i32,
+    ],
+    "bi_row_cumsum": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _i32],
+    "bi_row_topk": [
+        _i32, _i32, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer, _i32,
+    ],
+    "bi_row_argmax": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
+}
+
+
+@cache
+def _entry(name: str) -> Any:
+    entry = getattr(native.library(), name)
+    entry.argtypes = _SIGNATURES[name]
+    entry.restype = _i32
+    return entry
+
+
+def _code(dtype: torch.dtype) -> int:
+    try:
+        return _CODE[dtype]
+    except KeyError:
+        raise OpNotSupported(
+            f"the CPU kernels take {', '.join(map(str, _CODE))}; got {dtype}"
+        ) from None
+
+
+def _call(name: str, *args: Any) -> None:
+    status = _entry(name)(*args, torch.get_num_threads())
+    if status:
+        raise OpNotSupported(f"the native kernel {name} refused the call: {native.STATUS[status]}")
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def reduce(op: int, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """One of SUM ... NORM_NEG_INF over the rows of a contiguous matrix; returns [rows]."""
+    rows, n = x.shape
+    out = torch.empty(rows, dtype=out_dtype)
+    _call("bi_row_reduce", op, _code(x.dtype), _code(out_dtype), rows, n, x.data_ptr(), n,
+          out.data_ptr())
+    return out
+
+
+def variance(x: torch.Tensor, correction: float, root: bool) -> torch.Tensor:
+    """Variance, or its root, of the rows of a contiguous matrix; returns [rows]."""
+    rows, n = x.shape
+    out = torch.empty(rows, dtype=x.dtype)
+    code = _code(x.dtype)
+    _call("bi_row_var", root, code, code, rows, n, x.data_ptr(), n, correction, out.data_ptr(),
+          None)
+    return out
+
+
+def softmax(op: int, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """SOFTMAX or LOG_SOFTMAX of the rows of a contiguous matrix."""
+    rows, n = x.shape
+    out = torch.empty(rows, n, dtype=out_dtype)
+    _call("bi_row_softmax", op, _code(x.dtype), _code(out_dtype), rows, n, x.data_ptr(), n,
+          out.data_ptr(), n)
+    return out
+
+
+def softmax_backward(
+    op: int, grad: torch.Tensor, output: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient of the input of SOFTMAX or LOG_SOFTMAX, for contiguous matrices."""
+    rows, n = grad.shape
+    out = torch.empty(rows, n, dtype=out_dtype)
+    _call("bi_row_softmax_backward", op, _code(grad.dtype), _code(out_dtype), rows, n,
+          grad.data_ptr(), n, output.data_ptr(), n, out.data_ptr(), n)
+    return out
+
+
+def logsumexp(x: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp)) of the rows of a contiguous matrix; returns [rows]."""
+    rows, n = x.shape
+    out = torch.empty(rows, dtype=x.dtype)
+    code = _code(x.dtype)
+    _call("bi_row_logsumexp", code, code, rows, n, x.data_ptr(), n, out.data_ptr())
+    return out
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    variance_size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """rms_norm of the rows of a contiguous matrix, and the rounded sum with the residual."""
+    rows, n = x.shape
+    out = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    code = _code(x.dtype)
+    weight_code = code if weight is None else _code(weight.dtype)
+    _call("bi_rms_norm", code, weight_code, code, rows, n, variance_size, x.data_ptr(), n,
+          _address(residual), n, _address(weight), eps, out.data_ptr(), n, _address(total), n,
+          None)
+    return out, total
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    spatial: int = 0,
+    groups: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """layer_norm of the rows of a contiguous matrix, with mean and reciprocal deviation [rows]."""
+    rows, n = x.shape
+    out = torch.empty_like(x)
+    mean, rstd = torch.empty(2, rows, dtype=torch.float32)
+    code = _code(x.dtype)
+    parameter = weight if weight is not None else bias
+    parameter_code = code if parameter is None else _code(parameter.dtype)
+    _call("bi_layer_norm", code, parameter_code, code, rows, n, spatial, groups, x.data_ptr(), n,
+          _address(weight), _address(bias), eps, out.data_ptr(), n, mean.data_ptr(),
+          rstd.data_ptr())
+    return out, mean, rstd
+
+
+def cumsum(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Running sums of the rows of a contiguous matrix."""
+    rows, n = x.shape
+    out = torch.empty(rows, n, dtype=out_dtype)
+    _call("bi_row_cumsum", _code(x.dtype), _code(out_dtype), rows, n, x.data_ptr(), n,
+          out.data_ptr(), n)
+    return out
+
+
+def topk(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k values and indices of the rows of a contiguous matrix."""
+    rows, n = x.shape
+    values = torch.empty(rows, k, dtype=x.dtype)
+    indices = torch.empty(rows, k, dtype=torch.int64)
+    _call("bi_row_topk", LARGEST if largest else SMALLEST, _code(x.dtype), rows, n, k,
+          x.data_ptr(), n, values.data_ptr(), indices.data_ptr())
+    return values, indices
+
+
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """The index of the largest element of the rows of a contiguous matrix."""
+    rows, n = x.shape
+    out = torch.empty(rows, dtype=torch.int64)
+    _call("bi_row_argmax", LARGEST, _code(x.dtype), rows, n, x.data_ptr(), n, out.data_ptr())
+    return out

@@ -1,0 +1,333 @@
+"""The mode: torch's own operators, made batch-invariant by overrides at the dispatcher.
+
+Every aten overload that mixes elements is sent to its `batch_invariant` kernel, at the dispatch
+key of the device, below autograd: torch's derivative formulas stay in charge and call overridden
+operators themselves. Overloads that no kernel covers raise. Undone completely by `disable`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from batch_invariant import coverage, env, inductor, selector
+from batch_invariant.errors import (
+    BatchInvariantError,
+    ConfigurationError,
+    OverrideClash,
+    UncoveredOpError,
+)
+from batch_invariant.ops import CONTRACTS
+from batch_invariant.stock import capture, dispatch_key, stock
+
+_lock = threading.RLock()
+_installed: list[torch.library.Library] = []
+_contexts = 0
+_allow: frozenset[str] = frozenset()
+_fault: BatchInvariantError | None = None
+
+
+def enable(*, allow: Iterable[str] = ()) -> None:
+    """Turns the mode on for the whole process; does nothing if it is on already.
+
+    allow: names of aten operators, such as "fft_fft", that may run torch's own kernels although
+    no invariant one exists.
+    """
+    wanted = _checked(allow)
+    with _lock:
+        if not _installed or wanted != _allow or _fault is not None:
+            _install(wanted, None)
+
+
+def disable() -> None:
+    """Turns the mode off: every override is undone and torch's own kernels are back."""
+    with _lock:
+        _uninstall()
+
+
+def is_enabled() -> bool:
+    """Whether the mode is on."""
+    return bool(_installed)
+
+
+@contextmanager
+def enabled(*, allow: Iterable[str] = ()) -> Iterator[None]:
+    """Context manager and decorator: the mode is on inside, and what was found is restored.
+
+    The overrides belong to the process. When contexts of several threads overlap, the mode stays
+    on until the last of them is left.
+    """
+    global _contexts
+    with _lock:
+        was_on, was_allowed = is_enabled(), _allow
+        enable(allow=allow)
+        _contexts += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _contexts -= 1
+            if was_on:
+                enable(allow=was_allowed)
+            elif _contexts == 0:
+                disable()
+
+
+def enable_from_environment() -> None:
+    """What `import torch` runs when the environment asks for the mode; it never raises.
+
+    A request that cannot be met is reported, and every operator that the mode would have made
+    invariant raises the reason when it is first called.
+    """
+    try:
+        if not env.mode_requested():
+            return
+        enable()
+    except BatchInvariantError as error:
+        sys.stderr.write(f"batch_invariant: {error}\n")
+        with _lock:
+            _install(frozenset(), error)
+
+
+def _checked(allow: Iterable[str]) -> frozenset[str]:
+    if isinstance(allow, str):
+        raise ConfigurationError(f"allow={allow!r}: expected a list of operator names")
+    wanted = frozenset(name.removeprefix("aten::") for name in allow)
+    known = {name.removeprefix("aten::").split(".")[0] for name in _all_names()}
+    if unknown := sorted(wanted - known):
+        raise ConfigurationError(f"allow: no aten operator is named {', '.join(unknown)}")
+    return wanted
+
+
+def _all_names() -> list[str]:
+    return [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
+
+
+def _device_types() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=False)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
+    """Replaces whatever is installed; on an error everything is as torch made it."""
+    global _allow, _fault
+    _uninstall()
+    try:
+        for device_type in _device_types():
+            _installed.append(_override(device_type, allow, fault))
+        _allow, _fault = allow, fault
+        inductor.hold()
+    except BaseException:
+        _uninstall()
+        raise
+
+
+def _uninstall() -> None:
+    global _allow, _fault
+    inductor.release()
+    while _installed:
+        _installed.pop()._destroy()
+    _allow, _fault = frozenset(), None
+
+
+def _reinstall() -> None:
+    with _lock:
+        if _installed:
+            _install(_allow, _fault)
+
+
+selector.on_change(_reinstall)
+
+
+def _override(
+    device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
+) -> torch.library.Library:
+    key = dispatch_key(device_type)
+    plain, with_keyset, composite = overrides(device_type, fault)
+    refused = coverage.refused_overloads(
+        covered={f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
+    )
+    library = torch.library.Library("aten", "IMPL")
+
+    def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
+        if name.split(".")[0].rstrip("_") in allow or name.split(".")[0] in allow:
+            return
+        if f"aten/{name.replace('.default', '')}/{at}" in torch.library._impls:
+            raise OverrideClash(
+                f"aten::{name} is already overridden at {at} by another library, which would "
+                "decide the bits; import batch_invariant without it, or turn its mode off first"
+            )
+        library.impl(name, fn, at, with_keyset=keyset)
+
+    capture((*plain, *with_keyset, *(n.removeprefix("aten::") for n in refused)), key)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Oo]verrid")
+            for name, fn in plain.items():
+                impl(name, fn, key)
+            for name, fn in with_keyset.items():
+                impl(name, fn, key, True)
+            for name, fn in composite.items():
+                impl(name, fn, key)
+                impl(name, fn, f"Autograd{key}")
+            for name, reason in refused.items():
+                short = name.removeprefix("aten::")
+                impl(short, _refuse(short, reason, key, fault), key)
+    except BaseException:
+        library._destroy()
+        raise
+    return library
+
+
+Overrides = dict[str, Callable[..., Any]]
+
+
+def overrides(
+    device_type: str, fault: BatchInvariantError | None = None
+) -> tuple[Overrides, Overrides, Overrides]:
+    """The aten overloads that the mode sends elsewhere on a device, by name.
+
+    Returns those at the device's key, those that also take the keyset, and the composite ones,
+    which are overridden at the autograd key as well. With `fault`, or where the device has no
+    usable backend, they raise the reason.
+    """
+    kernels: Mapping[str, Any] = {}
+    extra: Mapping[str, Callable[..., Any]] = {}
+    if fault is None:
+        try:
+            kernels = selector.kernels(device_type)
+            extra = selector.current_backend(device_type).aten_overrides()
+        except BatchInvariantError as error:
+            fault = error
+    plain: Overrides = {}
+    composite: Overrides = {}
+    for op in CONTRACTS.values():
+        for names, target, found in (
+            (op.aten, kernels[op.name].fn if op.name in kernels else op.overload, plain),
+            (op.composite, op.overload, composite),
+        ):
+            for name, adapter in names.items():
+                if not _exists(name):
+                    continue
+                fn = target if adapter is None else functools.partial(adapter, target)
+                if fault is not None:
+                    fn = _raise(fault)
+                found[name] = fn
+                plain.update(_variants(name, fn))
+    return plain, dict(extra), composite
+
+
+def _raise(fault: BatchInvariantError) -> Callable[..., NoReturn]:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise type(fault)(*fault.args) if type(fault).__init__ is RuntimeError.__init__ else fault
+
+    return refuse
+
+
+def _exists(name: str) -> bool:
+    return torch._C._dispatch_has_kernel(f"aten::{name}") if name else False
+
+
+@functools.cache
+def _schemas() -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("aten::"):
+            found.setdefault(schema.name, []).append(schema)
+    return found
+
+
+def _shape_of(arguments: Iterable[Any]) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in arguments]
+
+
+def _variants(name: str, fn: Callable[..., Any]) -> Overrides:
+    """The out= and in-place overloads of a functional one, found by their schemas."""
+    base, _, overload = name.partition(".")
+    everything = _schemas()
+    (own,) = [s for s in everything[f"aten::{base}"] if s.overload_name == overload]
+    wanted = _shape_of(own.arguments)
+    found: Overrides = {}
+    for schema in everything[f"aten::{base}"]:
+        outs = [a for a in schema.arguments if a.is_out]
+        if outs and _shape_of(a for a in schema.arguments if not a.is_out) == wanted:
+            found[f"{base}.{schema.overload_name}"] = _out(fn, [a.name for a in outs])
+    for schema in everything.get(f"aten::{base}_", ()):
+        if _shape_of(schema.arguments) == wanted:
+            found[f"{base}_" + (f".{schema.overload_name}" if schema.overload_name else "")] = (
+                _in_place(fn)
+            )
+    return found
+
+
+def _out(fn: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def write(*args: Any, **kwargs: Any) -> Any:
+        outs = [kwargs.pop(name) for name in names]
+        results = fn(*args, **kwargs)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        for out, result in zip(outs, results, strict=True):
+            if not torch.can_cast(result.dtype, out.dtype):
+                raise RuntimeError(
+                    f"result type {result.dtype} can't be cast to the desired output type "
+                    f"{out.dtype}"
+                )
+            if out.shape != result.shape:
+                out.resize_(result.shape)
+            out.copy_(result)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    return write
+
+
+def _in_place(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def write(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = fn(self, *args, **kwargs)
+        if result.shape != self.shape:
+            raise RuntimeError(
+                f"output with shape {list(self.shape)} doesn't match the broadcast shape "
+                f"{list(result.shape)}"
+            )
+        return self.copy_(result)
+
+    return write
+
+
+def _refuse(
+    name: str, reason: coverage.Refusal, key: str, fault: BatchInvariantError | None
+) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        if reason.only_floating and not any(map(_is_inexact, _tensors(values))):
+            return stock(name, key)(*args, **kwargs)
+        if fault is not None:
+            raise fault
+        raise UncoveredOpError(f"aten::{name}", ", ".join(map(_describe, values)), reason.text)
+
+    return refuse
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _is_inexact(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_describe, value))}]"
+    return repr(value)

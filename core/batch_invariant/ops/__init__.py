@@ -1,0 +1,32 @@
+"""The operator contracts, registered as torch operators in the namespace `batch_invariant`.
+
+Importing this package defines schema, fake and autograd of every operator; which kernels they
+run is the selector's business.
+"""
+
+from __future__ import annotations
+
+from batch_invariant.ops import (
+    attention,
+    elementwise,
+    embedding,
+    matmul,
+    norm,
+    reduce,
+    scan,
+    select,
+    softmax,
+)
+from batch_invariant.ops.contract import Op
+from batch_invariant.ops.register import define
+
+CONTRACTS: dict[str, Op] = {
+    op.name: op
+    for family in (
+        matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise
+    )
+    for op in family.OPS
+}
+"""Every contract by operator name."""
+
+define(CONTRACTS.values())

@@ -1,0 +1,294 @@
+"""Contract of scaled_dot_product_attention.
+
+Order, for every query row on its own: scores as serial fp32 chains over the head dimension; the
+exact maximum; exp; the denominator and the weighted sum of values as serial chains over the
+keys, ascending; one division; one rounding. Keys that are masked add nothing, whatever they hold.
+So the result does not depend on left or right padding, nor on how many query rows are computed
+together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from batch_invariant.guarantee import Guarantee
+from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.matmul import matmul
+from batch_invariant.ops.reduce import sum, sum_bound
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """softmax(query @ key.mT * scale + mask) @ value, as `torch.nn.functional` spells it.
+
+    query: [..., H, L, E], key: [..., Hkv, S, E], value: [..., Hkv, S, Ev]; attn_mask: bool (True
+    takes part) or additive, broadcastable to [..., H, L, S]; is_causal masks above the diagonal
+    that starts top left. With `enable_gqa`, H is a multiple of Hkv. Dropout draws one random
+    stream for the whole batch and is refused.
+
+    Source: Vaswani et al., Attention Is All You Need, 2017.
+    """
+    out: torch.Tensor = torch.ops.batch_invariant.scaled_dot_product_attention.default(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return out
+
+
+def check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    """Raises unless the arguments fit together as torch requires."""
+    name = "scaled_dot_product_attention"
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise RuntimeError(f"{name}: expected at least 2-D tensors, got {shapes}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(
+            f"{name}: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
+        raise RuntimeError(f"{name}: head or key sizes differ: {shapes}")
+    if dropout_p:
+        raise RuntimeError(
+            f"{name}: dropout_p={dropout_p}; dropout draws from one random stream for the whole "
+            "batch, so a row's result would depend on its neighbours; use dropout_p=0"
+        )
+    if is_causal and attn_mask is not None:
+        raise RuntimeError(f"{name}: give either attn_mask or is_causal=True, not both")
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"{name}: expected attn_mask of dtype bool, float32 or {query.dtype}, got "
+            f"{attn_mask.dtype}"
+        )
+    if enable_gqa and (
+        query.dim() < 3
+        or key.size(-3) != value.size(-3)
+        or not key.size(-3)
+        or query.size(-3) % key.size(-3)
+    ):
+        raise RuntimeError(
+            f"{name}: enable_gqa needs query heads that are a multiple of the key heads: {shapes}"
+        )
+
+
+def _expanded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with one head for each query head."""
+    if not enable_gqa or query.size(-3) == key.size(-3):
+        return key, value
+    repeat = query.size(-3) // key.size(-3)
+    return key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
+
+
+def scores_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    product: Any,
+) -> torch.Tensor:
+    """Scaled and masked scores, [..., L, S]; -inf where a key takes no part."""
+    scores: torch.Tensor = product(query, key.mT)
+    scores = scores * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    if is_causal:
+        shape = scores.shape[-2:]
+        attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, scores, -torch.inf)
+    return scores + attn_mask
+
+
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = _expanded(query, key, value, enable_gqa)
+    scores = scores_of(query, key, attn_mask, is_causal, scale, torch.matmul)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(lse.isinf()[..., None], 0, (scores - lse[..., None]).exp())
+    return weights @ value, lse
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch = torch.broadcast_shapes(query.shape[:-2], *(
+        () if enable_gqa else (key.shape[:-2], value.shape[:-2])))
+    shape = (*batch, query.size(-2))
+    return query.new_empty(*shape, value.size(-1)), query.new_empty(shape, dtype=wide)
+
+
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.is_causal = inputs[5]
+    ctx.keywords = keyword_only_inputs
+    ctx.mark_non_differentiable(output[1])
+
+
+def _sum_to(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    lead = grad.dim() - like.dim()
+    dims = [
+        d
+        for d in range(grad.dim())
+        if d < lead or (like.size(d - lead) == 1 != grad.size(d))
+    ]
+    return sum(grad, dims, True).view(like.shape) if dims else grad
+
+
+def _back(
+    ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, attn_mask, out, lse = ctx.saved_tensors
+    scale, gqa = ctx.keywords["scale"], ctx.keywords["enable_gqa"]
+    factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    wide = lse.dtype
+    k, v = _expanded(query, key, value, gqa)
+    q, k, v, g = (t.to(wide) for t in (query, k, v, grad))
+    mask = attn_mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(wide)
+    scores = scores_of(q, k, mask, ctx.is_causal, scale, matmul)
+    weights = torch.where(lse.isinf()[..., None], 0, (scores - lse[..., None]).exp())
+    g_value = matmul(weights.mT, g)
+    g_weights = matmul(g, v.mT)
+    delta = sum(g * out.to(wide), -1, True)
+    g_scores = weights * (g_weights - delta)
+    g_query = matmul(g_scores, k) * factor
+    g_key = matmul(g_scores.mT, q) * factor
+    if gqa and query.size(-3) != key.size(-3):
+        groups = (key.size(-3), query.size(-3) // key.size(-3))
+        g_key = sum(g_key.unflatten(-3, groups), -3)
+        g_value = sum(g_value.unflatten(-3, groups), -3)
+    g_mask = None
+    if ctx.needs_input_grad[3]:
+        g_mask = _sum_to(g_scores, attn_mask).to(attn_mask.dtype)
+    return (
+        _sum_to(g_query, query).to(query.dtype),
+        _sum_to(g_key, key).to(key.dtype),
+        _sum_to(g_value, value).to(value.dtype),
+        g_mask,
+        None,
+        None,
+    )
+
+
+def _first(kernel: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out: torch.Tensor = kernel(*args, **kwargs)[0]
+    return out
+
+
+def _flash_for_cpu(
+    kernel: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
+    exact = _reference(**args)[0]
+    largest = args["value"].abs().amax()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    spread = args["query"].abs().amax() * args["key"].abs().amax() * args["query"].size(-1)
+    relative = 1 + torch.finfo(wide).eps * spread
+    terms = args["key"].size(-2) + args["query"].size(-1) + 16
+    return sum_bound((largest * relative).expand_as(exact), exact, terms, dtype)
+
+
+def _case(
+    heads: int, kv_heads: int, length: int, keys: int, size: int, mask: str = ""
+) -> Case:
+    def args(draw: Draw, rows: int) -> dict[str, Any]:
+        attn_mask = None
+        if mask in ("bool", "additive"):
+            keep = torch.rand(rows, 1, length, keys, generator=draw.generator) > 0.3
+            keep[..., 0] = True
+            attn_mask = keep
+            if mask == "additive":
+                attn_mask = torch.zeros(keep.shape).masked_fill(~keep, -torch.inf).to(draw.dtype)
+        return {
+            "query": draw.rows(rows, heads, length, size) / 8,
+            "key": draw.rows(rows, kv_heads, keys, size) / 8,
+            "value": draw.rows(rows, kv_heads, keys, size),
+            "attn_mask": attn_mask,
+            "dropout_p": 0.0,
+            "is_causal": mask == "causal",
+            "enable_gqa": heads != kv_heads,
+        }
+
+    return Case(f"{heads}/{kv_heads} heads x {size}, {length} of {keys} {mask}".rstrip(), args)
+
+
+OPS = (
+    Op(
+        name="scaled_dot_product_attention",
+        schema=(
+            "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None,"
+            " float dropout_p=0.0, bool is_causal=False, *, float? scale=None,"
+            " bool enable_gqa=False) -> (Tensor, Tensor)"
+        ),
+        fake=_fake,
+        reference=_reference,
+        cases=(
+            _case(3, 1, 17, 33, 64, "causal"),
+            _case(2, 2, 1, 1029, 64),
+            _case(4, 2, 5, 257, 40, "bool"),
+            _case(2, 1, 3, 130, 64, "additive"),
+        ),
+        batch_axes={"query": 0, "key": 0, "value": 0, "attn_mask": 0},
+        out_axes=(0, 0),
+        level=Guarantee.BATCH,
+        error_bound=_bound,
+        aten={"_scaled_dot_product_flash_attention_for_cpu": _flash_for_cpu},
+        composite={"scaled_dot_product_attention": _first},
+        setup_context=_save,
+        backward=_back,
+    ),
+)

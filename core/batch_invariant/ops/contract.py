@@ -1,0 +1,132 @@
+"""What a contract is made of: `Op`, its `Case`s, and the data that the cases draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from batch_invariant.guarantee import Guarantee
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Data(StrEnum):
+    """Kinds of values. Normal values alone hide most differences of order in low precision."""
+
+    NORMAL = "normal"
+    CANCELLING = "cancelling"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Seeded tensors for one case.
+
+    `rows(*shape)` are values of the batch, its last dimension being the one that is reduced;
+    `shared(*shape)` are weights, equal for every row.
+    """
+
+    dtype: torch.dtype
+    data: Data
+    generator: torch.Generator
+
+    def rows(self, *shape: int) -> torch.Tensor:
+        x = torch.randn(shape, generator=self.generator)
+        if self.data is Data.CANCELLING and shape[-1] >= 4:
+            # One huge +- pair a row at random places: what is added between the two is rounded
+            # to the unit of the huge value, so the order of the additions shows in every result.
+            n = shape[-1]
+            flat = x.view(-1, n)
+            first = torch.randint(0, n, (len(flat),), generator=self.generator)
+            second = (first + torch.randint(1, n, (len(flat),), generator=self.generator)) % n
+            each = torch.arange(len(flat))
+            huge = 2.0**12 if self.dtype is torch.float16 else 2.0**20
+            flat[each, first] = huge
+            flat[each, second] = -huge
+        return x.to(self.dtype)
+
+    def shared(self, *shape: int) -> torch.Tensor:
+        if self.data is Data.CANCELLING:
+            # Signed powers of two keep the pairs cancelling exactly.
+            exponent = torch.randint(-1, 2, (shape[0], *(1,) * (len(shape) - 1)),
+                                     generator=self.generator)
+            return torch.exp2(exponent.float()).expand(shape).to(self.dtype).contiguous()
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator on a batch of any size.
+
+    label: shape in words, for ids and reports.
+    args: from a `Draw` and the number of rows, the arguments by name; tensors named in the
+        contract's `batch_axes` have that many rows.
+    batch_axes, out_axes: where they differ from the contract's.
+    """
+
+    label: str
+    args: Callable[[Draw, int], dict[str, Any]]
+    batch_axes: Mapping[str, int] | None = None
+    out_axes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """The contract of one operator.
+
+    name, schema: as registered in the torch namespace `batch_invariant`.
+    fake: shapes and dtypes of the result from the arguments, without values.
+    reference: the definition in plain torch; called with float64 tensors it is the yardstick
+        of accuracy.
+    batch_axes: for every argument that has rows, the axis along which they lie.
+    out_axes: the same for each output.
+    error_bound: from float64 arguments and the input dtype, the largest allowed absolute error
+        of the first output, elementwise: the accuracy half of the contract.
+    aten: the aten overloads that the mode sends to this operator. The value adapts the overload's
+        arguments: it takes the kernel, then the arguments; None passes them on as they are.
+    composite: aten overloads that torch decomposes above the backend. They are overridden at
+        the autograd key too, by the differentiable `batch_invariant` operator.
+    backward: `(ctx, *grads) -> grads of the arguments`, with `setup_context`; None for an
+        operator that is itself a derivative or has none.
+    """
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    reference: Callable[..., Any]
+    cases: tuple[Case, ...]
+    batch_axes: Mapping[str, int]
+    out_axes: tuple[int, ...] = (0,)
+    error_bound: Callable[..., torch.Tensor] | None = None
+    level: Guarantee = Guarantee.BATCH
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    aten: Mapping[str, Callable[..., Any] | None] = field(default_factory=dict)
+    composite: Mapping[str, Callable[..., Any] | None] = field(default_factory=dict)
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+
+    @property
+    def overload(self) -> Any:
+        """The registered operator, ready to call."""
+        return getattr(torch.ops.batch_invariant, self.name).default
+
+    def call(self, fn: Callable[..., Any], args: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Calls `fn` with the arguments as the schema passes them; the outputs as a tuple."""
+        positional = []
+        keywords = {}
+        for argument in self.overload._schema.arguments:
+            if argument.name in args:
+                value = args[argument.name]
+            elif argument.has_default_value():
+                value = argument.default_value
+            else:
+                raise TypeError(f"{self.name}: the argument {argument.name!r} is missing")
+            if argument.kwarg_only:
+                keywords[argument.name] = value
+            else:
+                positional.append(value)
+        out = fn(*positional, **keywords)
+        return tuple(out) if isinstance(out, (tuple, list)) else (out,)

@@ -1,0 +1,62 @@
+"""Torch's rules for `dim` arguments, and the view of a tensor as the rows that are reduced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+Dims = int | Sequence[int] | None
+
+
+def normalize(dim: Dims, rank: int) -> tuple[int, ...]:
+    """Non-negative dimensions in ascending order; None and an empty list mean all of them."""
+    if dim is None:
+        return tuple(range(rank))
+    wanted = (dim,) if isinstance(dim, int) else tuple(dim)
+    if not wanted:
+        return tuple(range(rank))
+    size = max(rank, 1)
+    for d in wanted:
+        if not -size <= d < size:
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-size}, {size - 1}], "
+                f"but got {d})"
+            )
+    found = sorted(d % size for d in wanted)
+    for first, second in zip(found, found[1:], strict=False):
+        if first == second:
+            raise RuntimeError(f"dim {first} appears multiple times in the list of dims")
+    return () if rank == 0 else tuple(found)
+
+
+def rows_of(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """`x` as a contiguous matrix [rows, n], n running over `dims` in ascending order."""
+    kept = [d for d in range(x.dim()) if d not in dims]
+    n = math.prod(x.size(d) for d in dims)
+    rows = math.prod(x.size(d) for d in kept)
+    return x.permute(*kept, *dims).reshape(rows, n).contiguous()
+
+
+def reduced_shape(shape: Sequence[int], dims: tuple[int, ...], keepdim: bool) -> list[int]:
+    """The shape after reducing `dims`."""
+    if keepdim:
+        return [1 if d in dims else size for d, size in enumerate(shape)]
+    return [size for d, size in enumerate(shape) if d not in dims]
+
+
+def rows_along(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x` as a contiguous matrix [rows, n] whose rows run along one dimension."""
+    if x.dim() == 0:
+        return x.reshape(1, 1)
+    return x.movedim(dim, -1).reshape(-1 if x.size(dim) else x.numel(), x.size(dim)).contiguous()
+
+
+def from_rows_along(rows: torch.Tensor, shape: Sequence[int], dim: int) -> torch.Tensor:
+    """Inverse of `rows_along`, for a result of the same or another length along `dim`."""
+    if not shape:
+        return rows.reshape(())
+    d = dim % len(shape)
+    moved = [size for i, size in enumerate(shape) if i != d]
+    return rows.view(*moved, rows.size(-1)).movedim(-1, d).contiguous()

@@ -1,0 +1,209 @@
+"""Contracts of the elementwise functions that vendors compute differently by position.
+
+Nothing is added across elements, yet CPU kernels use other instructions for the tail of a tensor
+than for its body, so an element's bits can depend on where it stands. Here they depend on its
+value alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from batch_invariant.ops.contract import FLOATS, Case, Draw, Op
+
+
+def exp(self: torch.Tensor) -> torch.Tensor:
+    """e to the power of every element."""
+    return _call("exp", self)
+
+
+def log(self: torch.Tensor) -> torch.Tensor:
+    """The natural logarithm of every element."""
+    return _call("log", self)
+
+
+def rsqrt(self: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt of every element."""
+    return _call("rsqrt", self)
+
+
+def sin(self: torch.Tensor) -> torch.Tensor:
+    """The sine of every element, in radians."""
+    return _call("sin", self)
+
+
+def cos(self: torch.Tensor) -> torch.Tensor:
+    """The cosine of every element, in radians."""
+    return _call("cos", self)
+
+
+def tanh(self: torch.Tensor) -> torch.Tensor:
+    """The hyperbolic tangent of every element."""
+    return _call("tanh", self)
+
+
+def erf(self: torch.Tensor) -> torch.Tensor:
+    """The error function of every element."""
+    return _call("erf", self)
+
+
+def sigmoid(self: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + exp(-x)) of every element."""
+    return _call("sigmoid", self)
+
+
+def silu(self: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x) of every element."""
+    return _call("silu", self)
+
+
+def gelu(self: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """x * Phi(x) of every element; `approximate` is "none" (erf) or "tanh".
+
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016.
+    """
+    return _call("gelu", self, approximate=approximate)
+
+
+def pow(self: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Every element to the power of one number."""
+    return _call("pow", self, exponent)
+
+
+def _call(name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    out: torch.Tensor = getattr(torch.ops.batch_invariant, name).default(*args, **kwargs)
+    return out
+
+
+def _fake(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    dtype = self.dtype if self.dtype.is_floating_point else torch.get_default_dtype()
+    return torch.empty_like(self, dtype=dtype)
+
+
+def _fake_pow(self: torch.Tensor, exponent: Any) -> torch.Tensor:
+    return torch.empty_like(self, dtype=torch.result_type(self, exponent))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+    ctx.exponent = inputs[1] if len(inputs) > 1 else None
+
+
+def _save_gelu(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: torch.Tensor
+) -> None:
+    ctx.save_for_backward(inputs[0], output)
+    ctx.approximate = keyword_only_inputs["approximate"]
+
+
+def _d_gelu(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if ctx.approximate == "tanh":
+        k = math.sqrt(2 / math.pi)
+        t = tanh(k * (x + 0.044715 * x * x * x))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
+    phi = exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + erf(x / math.sqrt(2))) + x * phi
+
+
+def _d_silu(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _d_pow(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if ctx.exponent == 0:
+        return torch.zeros_like(x)
+    return ctx.exponent * pow(x, ctx.exponent - 1)
+
+
+_Derivative = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _back(derivative: _Derivative, arguments: int = 1) -> Callable[..., Any]:
+    def back(ctx: Any, grad: torch.Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        gx = (grad * derivative(ctx, x, y)).to(x.dtype)
+        return gx if arguments == 1 else (gx, *(None,) * (arguments - 1))
+
+    return back
+
+
+def _bound(exact: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Four units of fp32, relative to the larger of result and argument, and one rounding."""
+    wide = torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps
+    magnitude = exact.abs() + torch.where(exact.abs() < 1, x.abs().clamp(max=1), 0)
+    return 8 * wide * magnitude + torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
+
+
+def _shaped(positive: bool, **arguments: Any) -> tuple[Case, ...]:
+    def case(*shape: int) -> Case:
+        def args(draw: Draw, rows: int) -> dict[str, Any]:
+            x = 3 * torch.randn(rows, *shape, generator=draw.generator)
+            return {"self": (x.abs() + 0.01 if positive else x).to(draw.dtype), **arguments}
+
+        return Case("x".join(map(str, shape)), args)
+
+    return case(1), case(65), case(1536), case(3, 1003)
+
+
+def _op(
+    name: str,
+    function: Callable[..., torch.Tensor],
+    derivative: _Derivative,
+    positive: bool = False,
+) -> Op:
+    return Op(
+        name=name,
+        schema="(Tensor self) -> Tensor",
+        fake=_fake,
+        reference=function,
+        cases=_shaped(positive),
+        batch_axes={"self": 0},
+        error_bound=lambda self, dtype: _bound(function(self), self, dtype),
+        setup_context=_save,
+        backward=_back(derivative),
+        dtypes=FLOATS,
+    )
+
+
+OPS = (
+    _op("exp", torch.exp, lambda ctx, x, y: y),
+    _op("log", torch.log, lambda ctx, x, y: 1 / x, positive=True),
+    _op("rsqrt", torch.rsqrt, lambda ctx, x, y: -0.5 * y / x, positive=True),
+    _op("sin", torch.sin, lambda ctx, x, y: cos(x)),
+    _op("cos", torch.cos, lambda ctx, x, y: -sin(x)),
+    _op("tanh", torch.tanh, lambda ctx, x, y: 1 - y * y),
+    _op("erf", torch.erf, lambda ctx, x, y: 2 / math.sqrt(math.pi) * exp(-x * x)),
+    _op("sigmoid", torch.sigmoid, lambda ctx, x, y: y * (1 - y)),
+    _op("silu", torch.nn.functional.silu, _d_silu),
+    Op(
+        name="gelu",
+        schema='(Tensor self, *, str approximate="none") -> Tensor',
+        fake=_fake,
+        reference=torch.nn.functional.gelu,
+        cases=(*_shaped(False, approximate="none"), *_shaped(False, approximate="tanh")),
+        batch_axes={"self": 0},
+        error_bound=lambda self, approximate, dtype: _bound(
+            torch.nn.functional.gelu(self, approximate=approximate), self, dtype
+        ),
+        setup_context=_save_gelu,
+        backward=_back(_d_gelu),
+    ),
+    Op(
+        name="pow",
+        schema="(Tensor self, Scalar exponent) -> Tensor",
+        fake=_fake_pow,
+        reference=torch.pow,
+        cases=(*_shaped(True, exponent=1.7), *_shaped(False, exponent=3)),
+        batch_axes={"self": 0},
+        error_bound=lambda self, exponent, dtype: _bound(
+            torch.pow(self, exponent), self, dtype
+        ) * 16,
+        setup_context=_save,
+        backward=_back(_d_pow, 2),
+    ),
+)

@@ -1,0 +1,94 @@
+"""Which backends are installed: entry points listed and loaded. The only importer of stevedore.
+
+Listing imports no plugin. Loading checks the class against `Backend` and says which distribution
+is at fault, since the reader of the error may have written neither side.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from importlib.metadata import EntryPoint, entry_points
+
+from batch_invariant.backend import API_VERSION, Backend
+from batch_invariant.errors import BatchInvariantError, InvalidBackend, UnknownBackend
+
+GROUP = "batch_invariant.backends"
+
+
+def installed() -> dict[str, EntryPoint]:
+    """The entry points by backend name; two packages that provide one name are an error."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        first = found.setdefault(entry.name, entry)
+        if first.value != entry.value or _distribution(first) != _distribution(entry):
+            raise BatchInvariantError(
+                f"two packages provide the backend {entry.name!r}: {_distribution(first)} "
+                f"({first.value}) and {_distribution(entry)} ({entry.value}); uninstall one of them"
+            )
+    return found
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend of that name, constructed once per process."""
+    entries = installed()
+    if name not in entries:
+        raise UnknownBackend(name, list(entries))
+    entry = entries[name]
+    cls = _import(name)
+    _check(cls, name, _distribution(entry))
+    backend: Backend = cls()
+    return backend
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def _import(name: str) -> type[Backend]:
+    from stevedore.driver import DriverManager
+    from stevedore.exception import NoMatches
+
+    try:
+        driver: type[Backend] = DriverManager(GROUP, name, invoke_on_load=False).driver
+    except NoMatches as error:
+        raise BatchInvariantError(
+            f"the backend {name!r} is installed, but stevedore's cache does not know it yet; "
+            "delete the folder python-entrypoints in the user's cache folder "
+            "($XDG_CACHE_HOME, or ~/.cache)"
+        ) from error
+    return driver
+
+
+def _check(cls: object, name: str, distribution: str) -> None:
+    """Refuses a class that does not keep the contract, before anything of it runs."""
+
+    def refuse(what: str) -> InvalidBackend:
+        return InvalidBackend(f"the backend {name!r} of {distribution} {what}")
+
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
+        raise refuse(
+            f"is not a class derived from batch_invariant.backend.Backend: {cls!r}; "
+            "its entry point must name the class"
+        )
+    version = getattr(cls, "api_version", None)
+    if version != API_VERSION:
+        raise refuse(
+            f"is written for api_version {version}, and this batch-invariant has {API_VERSION}; "
+            "install matching versions of both"
+        )
+    if getattr(cls, "name", None) != name:
+        raise refuse(f"calls itself {getattr(cls, 'name', None)!r}; the two names must be equal")
+    if not isinstance(getattr(cls, "device_type", None), str):
+        raise refuse("does not say its device_type, a torch device type such as 'cuda'")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise refuse(f"does not define {', '.join(missing)}")
+    for method in ("probe", "kernels", "aten_overrides", "activate", "deactivate",
+                   "to_native", "to_torch"):
+        expected = list(inspect.signature(getattr(Backend, method)).parameters)
+        found = list(inspect.signature(getattr(cls, method)).parameters)
+        if expected != found:
+            raise refuse(
+                f"defines {method}({', '.join(found)}); expected {method}({', '.join(expected)})"
+            )
