@@ -29,6 +29,7 @@ from batch_invariant.stock import capture, dispatch_key, stock
 
 _lock = threading.RLock()
 _installed: list[torch.library.Library] = []
+_explicit = False
 _contexts = 0
 _allow: frozenset[str] = frozenset()
 _fault: BatchInvariantError | None = None
@@ -40,15 +41,18 @@ def enable(*, allow: Iterable[str] = ()) -> None:
     allow: names of aten operators, such as "fft_fft", that may run torch's own kernels although
     no invariant one exists.
     """
+    global _explicit
     wanted = _checked(allow)
     with _lock:
-        if not _installed or wanted != _allow or _fault is not None:
-            _install(wanted, None)
+        _ensure(wanted)
+        _explicit = True
 
 
 def disable() -> None:
     """Turns the mode off: every override is undone and torch's own kernels are back."""
+    global _explicit
     with _lock:
+        _explicit = False
         _uninstall()
 
 
@@ -64,20 +68,22 @@ def enabled(*, allow: Iterable[str] = ()) -> Iterator[None]:
     The overrides belong to the process. When contexts of several threads overlap, the mode stays
     on until the last of them is left.
     """
-    global _contexts
+    global _contexts, _explicit
+    wanted = _checked(allow)
     with _lock:
-        was_on, was_allowed = is_enabled(), _allow
-        enable(allow=allow)
+        found, found_allow = _explicit, _allow
+        _ensure(wanted)
         _contexts += 1
     try:
         yield
     finally:
         with _lock:
             _contexts -= 1
-            if was_on:
-                enable(allow=was_allowed)
-            elif _contexts == 0:
-                disable()
+            _explicit = found
+            if found or _contexts:
+                _ensure(found_allow)
+            else:
+                _uninstall()
 
 
 def enable_from_environment() -> None:
@@ -94,6 +100,11 @@ def enable_from_environment() -> None:
         sys.stderr.write(f"batch_invariant: {error}\n")
         with _lock:
             _install(frozenset(), error)
+
+
+def _ensure(allow: frozenset[str]) -> None:
+    if not _installed or allow != _allow or _fault is not None:
+        _install(allow, None)
 
 
 def _checked(allow: Iterable[str]) -> frozenset[str]:

@@ -14,12 +14,17 @@ def dispatch_key(device_type: str) -> str:
     return str(torch._C._dispatch_key_for_device(device_type))
 
 
-@functools.cache
 def stock(overload: str, key: str = "CPU") -> Callable[..., Any]:
     """The kernel that torch registers for `aten::<overload>` under a dispatch key.
 
-    The mode captures every kernel before it overrides it, so the first call decides nothing.
+    The mode captures every kernel before it overrides it, so that a first call made while the
+    mode is on finds torch's kernel too.
     """
+    return _captured(overload, key)
+
+
+@functools.cache
+def _captured(overload: str, key: str) -> Callable[..., Any]:
     kernel = torch.library.get_kernel(f"aten::{overload}", key)
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return functools.partial(kernel.call_boxed, keyset)
@@ -28,4 +33,4 @@ def stock(overload: str, key: str = "CPU") -> Callable[..., Any]:
 def capture(overloads: Iterable[str], key: str) -> None:
     """Remembers torch's kernels while they are still in place."""
     for overload in overloads:
-        stock(overload, key)
+        _captured(overload, key)

@@ -213,8 +213,17 @@ def _back(
     )
 
 
-def _first(kernel: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    out: torch.Tensor = kernel(*args, **kwargs)[0]
+def _first(
+    kernel: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **keywords: Any,
+) -> torch.Tensor:
+    out: torch.Tensor = kernel(query, key, value, attn_mask, dropout_p, is_causal, **keywords)[0]
     return out
 
 
@@ -270,8 +279,8 @@ OPS = (
     Op(
         name="scaled_dot_product_attention",
         schema=(
-            "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None,"
-            " float dropout_p=0.0, bool is_causal=False, *, float? scale=None,"
+            "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p,"
+            " bool is_causal, *, float? scale=None,"
             " bool enable_gqa=False) -> (Tensor, Tensor)"
         ),
         fake=_fake,

@@ -118,15 +118,9 @@ class Op:
         positional = []
         keywords = {}
         for argument in self.overload._schema.arguments:
-            if argument.name in args:
-                value = args[argument.name]
-            elif argument.has_default_value():
-                value = argument.default_value
-            else:
-                raise TypeError(f"{self.name}: the argument {argument.name!r} is missing")
-            if argument.kwarg_only:
-                keywords[argument.name] = value
-            else:
-                positional.append(value)
+            if not argument.kwarg_only:
+                positional.append(args[argument.name])
+            elif argument.name in args:
+                keywords[argument.name] = args[argument.name]
         out = fn(*positional, **keywords)
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)

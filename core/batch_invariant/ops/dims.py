@@ -36,7 +36,7 @@ def rows_of(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     kept = [d for d in range(x.dim()) if d not in dims]
     n = math.prod(x.size(d) for d in dims)
     rows = math.prod(x.size(d) for d in kept)
-    return x.permute(*kept, *dims).reshape(rows, n).contiguous()
+    return x.permute([*kept, *dims]).reshape(rows, n).contiguous()
 
 
 def reduced_shape(shape: Sequence[int], dims: tuple[int, ...], keepdim: bool) -> list[int]:

@@ -270,6 +270,13 @@ def _back_linear(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...
     )
 
 
+def _linear(
+    kernel: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    out: torch.Tensor = kernel(input, weight, bias)
+    return out
+
+
 def _mv(kernel: Any, self: torch.Tensor, vec: torch.Tensor) -> torch.Tensor:
     if self.dim() != 2 or vec.dim() != 1:
         raise RuntimeError(
@@ -433,7 +440,7 @@ OPS = (
     ),
     Op(
         name="linear",
-        schema="(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+        schema="(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
         fake=_fake_linear,
         reference=torch.nn.functional.linear,
         cases=(
@@ -445,7 +452,7 @@ OPS = (
         error_bound=lambda input, weight, bias, dtype: product_bound(
             input, weight.mT, bias, dtype
         ),
-        composite={"linear": None},
+        composite={"linear": _linear},
         setup_context=_save_mm,
         backward=_back_linear,
     ),

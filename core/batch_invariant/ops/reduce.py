@@ -339,7 +339,9 @@ def _bound_norm(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> t
     return sum_bound(exact, exact, _reduced_elements(self, exact), dtype)
 
 
-def _bound_logsumexp(self: torch.Tensor, dim: Any, dtype: torch.dtype) -> torch.Tensor:
+def _bound_logsumexp(
+    self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any
+) -> torch.Tensor:
     exact = self.logsumexp(dim)
     n = _reduced_elements(self, exact)
     return sum_bound(self.amax(dim).abs() + 1, exact, n + 8, dtype)
@@ -347,28 +349,28 @@ def _bound_logsumexp(self: torch.Tensor, dim: Any, dtype: torch.dtype) -> torch.
 
 def _case(n: int, **arguments: Any) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, n), "dim": -1, **arguments}
+        return {"self": draw.rows(rows, n), "dim": -1, "keepdim": False, **arguments}
 
     return Case(f"{n}", args)
 
 
 def _case_middle(a: int, b: int, **arguments: Any) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, b, a).mT, "dim": 1, **arguments}
+        return {"self": draw.rows(rows, b, a).mT, "dim": 1, "keepdim": False, **arguments}
 
     return Case(f"{a}x{b} over dim 1, strided", args)
 
 
 def _case_columns(n: int, **arguments: Any) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, n).mT.contiguous(), "dim": 0, **arguments}
+        return {"self": draw.rows(rows, n).mT.contiguous(), "dim": 0, "keepdim": False, **arguments}
 
     return Case(f"{n} over dim 0", args, batch_axes={"self": 1})
 
 
 def _case_two(a: int, b: int, **arguments: Any) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, a, b), "dim": [1, 2], **arguments}
+        return {"self": draw.rows(rows, a, b), "dim": [1, 2], "keepdim": False, **arguments}
 
     return Case(f"{a}x{b} over two dims", args)
 
@@ -377,14 +379,23 @@ def _case_factors(n: int) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
         # Factors near one, so that a long product neither vanishes nor overflows.
         x = torch.randn(rows, n, generator=draw.generator)
-        return {"self": (1 + x / 64).to(draw.dtype), "dim": -1}
+        return {"self": (1 + x / 64).to(draw.dtype), "dim": -1, "keepdim": False}
 
     return Case(f"{n}", args)
 
 
-_SHAPES = (_case(1024), _case(4099), _case(20011), _case_middle(1025, 3), _case_columns(1030),
-           _case_two(33, 65))
-_FULL = "Tensor self, int[1]? dim=None, bool keepdim=False"
+def _shapes(**arguments: Any) -> tuple[Case, ...]:
+    return (
+        _case(1024, **arguments),
+        _case(4099, **arguments),
+        _case(20011, **arguments),
+        _case_middle(1025, 3, **arguments),
+        _case_columns(1030, **arguments),
+        _case_two(33, 65, **arguments),
+    )
+
+
+_FULL = "Tensor self, int[1]? dim, bool keepdim"
 
 OPS = (
     Op(
@@ -392,7 +403,7 @@ OPS = (
         schema=f"({_FULL}, *, ScalarType? dtype=None) -> Tensor",
         fake=_fake_sum,
         reference=torch.sum,
-        cases=_SHAPES,
+        cases=_shapes(),
         batch_axes={"self": 0},
         error_bound=_bound_sum,
         aten={"sum": _sum_all, "sum.dim_IntList": None},
@@ -404,7 +415,7 @@ OPS = (
         schema=f"({_FULL}, *, ScalarType? dtype=None) -> Tensor",
         fake=_fake_mean,
         reference=torch.mean,
-        cases=_SHAPES,
+        cases=_shapes(),
         batch_axes={"self": 0},
         error_bound=_bound_mean,
         aten={"mean": _sum_all, "mean.dim": None},
@@ -414,14 +425,14 @@ OPS = (
     Op(
         name="prod",
         schema=(
-            "(Tensor self, int? dim=None, bool keepdim=False, *, ScalarType? dtype=None)"
+            "(Tensor self, int? dim, bool keepdim, *, ScalarType? dtype=None)"
             " -> Tensor"
         ),
         fake=_fake_prod,
         reference=torch.prod,
         cases=(_case_factors(1024), _case_factors(4099)),
         batch_axes={"self": 0},
-        error_bound=lambda self, dim, dtype: sum_bound(
+        error_bound=lambda self, dim, keepdim, dtype: sum_bound(
             self.prod(dim).abs(), self.prod(dim), self.size(-1), dtype
         ),
         aten={"prod": _sum_all, "prod.dim_int": None},
@@ -431,12 +442,12 @@ OPS = (
     Op(
         name="var",
         schema=(
-            "(Tensor self, int[1]? dim=None, *, Scalar? correction=None, bool keepdim=False)"
+            "(Tensor self, int[1]? dim, *, Scalar? correction=None, bool keepdim=False)"
             " -> Tensor"
         ),
         fake=_fake_var,
         reference=torch.var,
-        cases=_SHAPES,
+        cases=_shapes(),
         batch_axes={"self": 0},
         error_bound=_bound_var,
         aten={"var.correction": None, "var_mean.correction": _with_mean},
@@ -446,12 +457,12 @@ OPS = (
     Op(
         name="std",
         schema=(
-            "(Tensor self, int[1]? dim=None, *, Scalar? correction=None, bool keepdim=False)"
+            "(Tensor self, int[1]? dim, *, Scalar? correction=None, bool keepdim=False)"
             " -> Tensor"
         ),
         fake=_fake_var,
         reference=torch.std,
-        cases=_SHAPES,
+        cases=_shapes(),
         batch_axes={"self": 0},
         error_bound=_bound_std,
         aten={"std.correction": None, "std_mean.correction": _with_mean},
@@ -461,12 +472,12 @@ OPS = (
     Op(
         name="norm",
         schema=(
-            "(Tensor self, Scalar ord=2, int[1]? dim=None, bool keepdim=False, *,"
+            "(Tensor self, Scalar ord, int[1]? dim, bool keepdim, *,"
             " ScalarType? dtype=None) -> Tensor"
         ),
         fake=_fake_norm,
         reference=torch.linalg.vector_norm,
-        cases=_SHAPES,
+        cases=_shapes(ord=2),
         batch_axes={"self": 0},
         error_bound=_bound_norm,
         aten={
@@ -481,10 +492,10 @@ OPS = (
     ),
     Op(
         name="logsumexp",
-        schema="(Tensor self, int[1] dim, bool keepdim=False) -> Tensor",
+        schema="(Tensor self, int[1] dim, bool keepdim) -> Tensor",
         fake=_fake_logsumexp,
         reference=torch.logsumexp,
-        cases=_SHAPES,
+        cases=_shapes(),
         batch_axes={"self": 0},
         error_bound=_bound_logsumexp,
         aten={"logsumexp": None},

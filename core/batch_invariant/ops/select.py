@@ -79,15 +79,23 @@ def _ties(draw: Draw, rows: int, n: int) -> torch.Tensor:
     return torch.randint(-8, 8, (rows, n), generator=draw.generator).to(draw.dtype)
 
 
+def _arguments(x: torch.Tensor) -> dict[str, Any]:
+    return {"self": x, "dim": -1, "keepdim": False}
+
+
+def _topk_arguments(x: torch.Tensor, k: int) -> dict[str, Any]:
+    return {"self": x, "k": k, "dim": -1, "largest": True, "sorted": True}
+
+
 OPS = (
     Op(
         name="argmax",
-        schema="(Tensor self, int? dim=None, bool keepdim=False) -> Tensor",
+        schema="(Tensor self, int? dim, bool keepdim) -> Tensor",
         fake=_fake_argmax,
         reference=torch.argmax,
         cases=(
-            Case("1024", lambda draw, rows: {"self": draw.rows(rows, 1024), "dim": -1}),
-            Case("4099 ties", lambda draw, rows: {"self": _ties(draw, rows, 4099), "dim": -1}),
+            Case("1024", lambda draw, rows: _arguments(draw.rows(rows, 1024))),
+            Case("4099 ties", lambda draw, rows: _arguments(_ties(draw, rows, 4099))),
         ),
         batch_axes={"self": 0},
         aten={"argmax": None},
@@ -95,14 +103,14 @@ OPS = (
     Op(
         name="topk",
         schema=(
-            "(Tensor self, int k, int dim=-1, bool largest=True, bool sorted=True)"
+            "(Tensor self, int k, int dim, bool largest, bool sorted)"
             " -> (Tensor, Tensor)"
         ),
         fake=_fake_topk,
         reference=_ref_topk,
         cases=(
-            Case("8 of 1024", lambda draw, rows: {"self": draw.rows(rows, 1024), "k": 8}),
-            Case("50 of 4099 ties", lambda draw, rows: {"self": _ties(draw, rows, 4099), "k": 50}),
+            Case("8 of 1024", lambda draw, rows: _topk_arguments(draw.rows(rows, 1024), 8)),
+            Case("50 of 4099 ties", lambda draw, rows: _topk_arguments(_ties(draw, rows, 4099), 50)),
         ),
         batch_axes={"self": 0},
         out_axes=(0, 0),

@@ -131,7 +131,7 @@ _BACKWARD = (
 OPS = (
     Op(
         name="softmax",
-        schema="(Tensor self, int dim, ScalarType? dtype=None) -> Tensor",
+        schema="(Tensor self, int dim, ScalarType? dtype) -> Tensor",
         fake=_fake,
         reference=torch.softmax,
         cases=_CASES,
@@ -143,7 +143,7 @@ OPS = (
     ),
     Op(
         name="log_softmax",
-        schema="(Tensor self, int dim, ScalarType? dtype=None) -> Tensor",
+        schema="(Tensor self, int dim, ScalarType? dtype) -> Tensor",
         fake=_fake,
         reference=torch.log_softmax,
         cases=_CASES,

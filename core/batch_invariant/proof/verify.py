@@ -190,8 +190,9 @@ def accuracy(
     exact_args = {
         name: value.double()
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-        else (None if isinstance(value, torch.dtype) else value)
+        else value
         for name, value in args.items()
+        if name != "dtype"
     }
     out = run(args)[0]
     exact = op.call(op.reference, exact_args)[0]

@@ -2,8 +2,9 @@
 //
 // The bits of an element of C are those of its own chain over k (gemm.h names the orders), then, in the
 // accumulator's precision, alpha * chain if alpha != 1, then fma(beta, addend, that) if there is an addend,
-// then one rounding to the dtype of C. Nothing here depends on M, N, the batch, the strides or the threads
-// except the order in which independent elements are computed.
+// then one rounding to the dtype of C. Every NaN is written as the one quiet NaN without sign or payload: which
+// of two NaNs an FMA keeps is up to the compiler. Nothing here depends on M, N, the batch, the strides or the
+// threads except the order in which independent elements are computed.
 #include "gemm.h"
 
 #include "parallel.h"
@@ -11,7 +12,7 @@
 namespace bi {
 namespace {
 
-// What Python passes, packed by the format string in native.py. Strides are in elements.
+// What Python passes, packed by the format string in cpu/matmul.py. Strides are in elements.
 struct GemmArgs {
   i64 dtype, out_dtype;
   i64 M, N, K, batch;
@@ -29,11 +30,17 @@ struct GemmArgs {
   double alpha, beta;
 };
 
+// C, unlike what Python passes, may have any column stride: see with_few_rows.
+struct Problem : GemmArgs {
+  i64 c_col = 1;
+};
+
 template <class T>
 struct Lanes {
   using Vector = f32x16;
   BI_INLINE f32x16 read(const T* p, i64 n) { return load_f32(p, n); }
   BI_INLINE void write(T* p, f32x16 v, i64 n) { store_f32(p, v, n); }
+  BI_INLINE f32x16 one_nan(f32x16 v) { return v == v ? v : splat(__builtin_nanf("")); }
 };
 template <>
 struct Lanes<double> {
@@ -47,11 +54,12 @@ struct Lanes<double> {
   BI_INLINE void write(double* p, f64x8 v, i64 n) {
     __builtin_memcpy(p, &v, static_cast<size_t>(min(n, 8)) * 8);
   }
+  BI_INLINE f64x8 one_nan(f64x8 v) { return v == v ? v : splat(__builtin_nan("")); }
 };
 
 // Rounds accumulators [panels][rows_of_a_panel][nr] into rows of C.
 template <class T, class Acc>
-void finish(const GemmArgs& g, const void* accumulators, i64 rows_of_a_panel, i64 nr, i64 batch, i64 row0, i64 rows,
+void finish(const Problem& g, const void* accumulators, i64 rows_of_a_panel, i64 nr, i64 batch, i64 row0, i64 rows,
             i64 col0, i64 cols) {
   using Vector = typename Lanes<T>::Vector;
   constexpr i64 LANES = sizeof(Vector) / sizeof(Acc);
@@ -60,7 +68,7 @@ void finish(const GemmArgs& g, const void* accumulators, i64 rows_of_a_panel, i6
   const bool scaled = g.alpha != 1.0;
   const T* addend = reinterpret_cast<const T*>(g.addend);
   if (addend != nullptr) addend += batch * g.addend_batch + row0 * g.addend_row + col0 * g.addend_col;
-  T* c = reinterpret_cast<T*>(g.c) + batch * g.c_batch + row0 * g.c_row + col0;
+  T* c = reinterpret_cast<T*>(g.c) + batch * g.c_batch + row0 * g.c_row + col0 * g.c_col;
   for (i64 i = 0; i < rows; i++, c += g.c_row) {
     for (i64 j = 0; j < cols; j += LANES) {
       i64 left = cols - j;
@@ -76,12 +84,19 @@ void finish(const GemmArgs& g, const void* accumulators, i64 rows_of_a_panel, i6
           x = fma(beta, Lanes<T>::read(some, LANES), x);
         }
       }
-      Lanes<T>::write(c + j, x, left);
+      x = Lanes<T>::one_nan(x);
+      if (g.c_col == 1) {
+        Lanes<T>::write(c + j, x, left);
+      } else {
+        T some[LANES];
+        Lanes<T>::write(some, x, LANES);
+        for (i64 l = 0; l < min(left, LANES); l++) c[(j + l) * g.c_col] = some[l];
+      }
     }
   }
 }
 
-using Finish = void (*)(const GemmArgs&, const void*, i64, i64, i64, i64, i64, i64, i64);
+using Finish = void (*)(const Problem&, const void*, i64, i64, i64, i64, i64, i64, i64);
 
 Finish finish_for(i64 out_dtype) {
   switch (out_dtype) {
@@ -93,22 +108,27 @@ Finish finish_for(i64 out_dtype) {
   return nullptr;
 }
 
-constexpr i64 MAX_ROWS = 384;        // rows of a task: with KC they fill about half of a 1 MiB L2 cache
+constexpr i64 MAX_ROWS = 384;  // rows of a task: with KC they fill about half of a 1 MiB L2 cache
 constexpr i64 MAX_COLS = 256;
+constexpr i64 SWEEP_COLS = 1024;
 constexpr i64 WHOLE_A_BYTES = 1 << 20;
 constexpr i64 TASKS_PER_THREAD = 8;  // enough that a slow thread does not hold up the others
+constexpr i64 SWEEPS_PER_THREAD = 2;
 constexpr i64 MIN_TASK_WORK = 1 << 18;  // multiply-adds that are worth handing to another thread
 
+// How the work is cut. A task is a block of rows times a chunk of columns of one matrix of the batch.
 struct Plan {
   const GemmKernel* kernel;
   Finish finish;
-  i64 units, k_blocks;     // packed units of K, and how many blocks of KC they make
+  i64 units, k_blocks;  // packed units of K, and how many blocks of KC they make
   i64 row_blocks, block_rows;
   i64 col_chunks, chunk_cols;
-  bool whole_a;            // all k blocks of a task's rows are packed at once, and panels are finished one by one
+  bool whole_a;         // all k blocks of a task's rows are packed at once
+  bool sweep;           // B is read as [K, N] in place
+  bool panels_first;    // a panel of C is finished before the next is begun
 };
 
-Plan make_plan(const GemmArgs& g, const GemmKernel* kernel) {
+Plan make_plan(const Problem& g, const GemmKernel* kernel) {
   Plan p{};
   p.kernel = kernel;
   p.finish = finish_for(g.out_dtype);
@@ -117,43 +137,54 @@ Plan make_plan(const GemmArgs& g, const GemmKernel* kernel) {
   p.row_blocks = ceil_div(g.M, MAX_ROWS);
   p.block_rows = round_up(ceil_div(g.M, p.row_blocks), kernel->row_multiple);
   p.whole_a = p.block_rows * p.k_blocks * LDA * kernel->unit_bytes <= WHOLE_A_BYTES;
-  i64 nr = kernel->panel_lanes;
-  i64 others = g.batch * p.row_blocks;
-  i64 wanted = ceil_div(g.threads * TASKS_PER_THREAD, others);
-  p.chunk_cols = min(round_up(ceil_div(g.N, wanted), nr), MAX_COLS);
+  p.sweep = g.b_layout == 0 && g.M <= kernel->sweep_rows;
+  p.panels_first = p.whole_a && !p.sweep;
+  i64 wanted = ceil_div(g.threads * (p.sweep ? SWEEPS_PER_THREAD : TASKS_PER_THREAD), g.batch * p.row_blocks);
+  p.chunk_cols = min(round_up(ceil_div(g.N, wanted), kernel->panel_lanes), p.sweep ? SWEEP_COLS : MAX_COLS);
   p.col_chunks = ceil_div(g.N, p.chunk_cols);
   return p;
 }
 
 struct Gemm {
-  const GemmArgs& g;
+  const Problem& g;
   const Plan& p;
+  const GemmKernel& kernel;
 
-  const char* a_at(i64 batch, i64 row, i64 k) const {
-    return g.a + (batch * g.a_batch + row * g.a_row + k) * p.kernel->element_bytes;
-  }
-  const char* b_at(i64 batch, i64 col, i64 k) const {
-    i64 at = g.b_layout == 0 ? k * g.b_row + col : col * g.b_row + k;
-    return g.b + (batch * g.b_batch + at) * p.kernel->element_bytes;
-  }
+  // Sizes and places of packed blocks.
   i64 block_units(i64 block) const { return min(p.units - block * KC, KC); }
   i64 block_ks(i64 block) const {
-    return max(0, min(g.K - block * KC * p.kernel->k_per_unit, KC * p.kernel->k_per_unit));
+    return max(0, min(g.K - block * KC * kernel.k_per_unit, KC * kernel.k_per_unit));
+  }
+  i64 a_block_bytes() const { return p.block_rows * LDA * kernel.unit_bytes; }
+  i64 panel_bytes() const { return KC * kernel.panel_lanes * kernel.unit_bytes; }
+  i64 c_panel_elements() const { return p.block_rows * kernel.panel_lanes; }
+  i64 c_panel_bytes() const { return c_panel_elements() * kernel.unit_bytes; }
+
+  const char* b_at(i64 batch, i64 col, i64 k) const {
+    i64 at = g.b_layout == 0 ? k * g.b_row + col : col * g.b_row + k;
+    return g.b + (batch * g.b_batch + at) * kernel.element_bytes;
   }
 
   void pack_a(i64 batch, i64 row0, i64 rows, i64 block, char* out) const {
-    p.kernel->pack_rows(a_at(batch, row0, block * KC * p.kernel->k_per_unit), g.a_row, rows, block_ks(block),
-                        block_units(block), out);
-  }
-  void pack_b(i64 batch, i64 col, i64 block, char* out) const {
-    p.kernel->pack_panel[g.b_layout](b_at(batch, col, block * KC * p.kernel->k_per_unit), g.b_row,
-                                     min(g.N - col, p.kernel->panel_lanes), block_ks(block), block_units(block),
-                                     out);
+    i64 k = block * KC * kernel.k_per_unit;
+    const char* a = g.a + (batch * g.a_batch + row0 * g.a_row + k) * kernel.element_bytes;
+    kernel.pack_rows(a, g.a_row, rows, block_ks(block), block_units(block), out);
   }
 
-  i64 a_block_bytes() const { return p.block_rows * LDA * p.kernel->unit_bytes; }
-  i64 panel_bytes() const { return KC * p.kernel->panel_lanes * p.kernel->unit_bytes; }
-  i64 c_panel_bytes() const { return p.block_rows * p.kernel->panel_lanes * p.kernel->unit_bytes; }
+  // Adds what `block` gives to one panel of C, from its unit `from` on.
+  void multiply_panel(const char* a, i64 batch, i64 col, i64 block, i64 from, i64 rows, char* panel, char* c) const {
+    i64 units = block_units(block), ks = block_ks(block), k0 = block * KC * kernel.k_per_unit;
+    i64 cols = min(g.N - col, kernel.panel_lanes);
+    if (g.b_layout == 1 && rows <= kernel.stream_rows) {
+      i64 streamed = ks / kernel.k_per_unit / STREAM_UNITS * STREAM_UNITS;
+      if (streamed > 0) kernel.stream(a, b_at(batch, col, k0), g.b_row, cols, streamed, rows, c, block == 0);
+      from = streamed;
+    }
+    if (from == units) return;
+    i64 skipped = from * kernel.k_per_unit;
+    kernel.pack_panel[g.b_layout](b_at(batch, col, k0 + skipped), g.b_row, cols, ks - skipped, units - from, panel);
+    kernel.multiply(a + from * kernel.unit_bytes, panel, units - from, rows, c, block == 0 && from == 0);
+  }
 
   // `packed_a`, if not null, holds all k blocks of all rows.
   Status run(i64 task, const char* packed_a) const {
@@ -161,38 +192,46 @@ struct Gemm {
     i64 batch = task / (p.col_chunks * p.row_blocks);
     i64 row0 = row_block * p.block_rows, rows = min(g.M - row0, p.block_rows);
     i64 col0 = chunk * p.chunk_cols, cols = min(g.N - col0, p.chunk_cols);
-    i64 nr = p.kernel->panel_lanes, panels = ceil_div(cols, nr);
+    i64 nr = kernel.panel_lanes, panels = ceil_div(cols, nr);
     i64 a_blocks = packed_a != nullptr ? 0 : p.whole_a ? p.k_blocks : 1;
-    i64 c_panels = p.whole_a ? 1 : panels;
+    i64 c_panels = p.panels_first ? 1 : panels;
     Scratch scratch(panel_bytes() + c_panels * c_panel_bytes() + a_blocks * a_block_bytes());
     if (scratch.data == nullptr) return OUT_OF_MEMORY;
     char* panel = scratch.as<char>();
     char* c = panel + panel_bytes();
-    char* a = c + c_panels * c_panel_bytes();
+    char* own_a = c + c_panels * c_panel_bytes();
     if (p.k_blocks == 0) __builtin_memset(c, 0, static_cast<size_t>(c_panels * c_panel_bytes()));
-
-    if (p.kernel->begin != nullptr) p.kernel->begin();
     if (p.whole_a) {
-      for (i64 k = 0; k < a_blocks; k++) pack_a(batch, row0, rows, k, a + k * a_block_bytes());
-      const char* from = packed_a != nullptr ? packed_a : a;
+      for (i64 k = 0; k < a_blocks; k++) pack_a(batch, row0, rows, k, own_a + k * a_block_bytes());
+    }
+    const char* whole_a = packed_a != nullptr ? packed_a : own_a;
+
+    if (kernel.begin != nullptr) kernel.begin();
+    if (p.panels_first) {
       for (i64 j = 0; j < panels; j++) {
+        i64 col = col0 + j * nr;
         for (i64 k = 0; k < p.k_blocks; k++) {
-          pack_b(batch, col0 + j * nr, k, panel);
-          p.kernel->multiply(from + k * a_block_bytes(), panel, block_units(k), rows, c, k == 0);
+          multiply_panel(whole_a + k * a_block_bytes(), batch, col, k, 0, rows, panel, c);
         }
-        p.finish(g, c, p.block_rows, nr, batch, row0, rows, col0 + j * nr, min(cols - j * nr, nr));
+        p.finish(g, c, p.block_rows, nr, batch, row0, rows, col, min(cols - j * nr, nr));
       }
     } else {
       for (i64 k = 0; k < p.k_blocks; k++) {
-        pack_a(batch, row0, rows, k, a);
+        const char* a = p.whole_a ? whole_a + k * a_block_bytes() : own_a;
+        if (!p.whole_a) pack_a(batch, row0, rows, k, own_a);
+        i64 swept_panels = p.sweep ? cols / nr : 0, swept_units = block_ks(k) / kernel.k_per_unit;
+        if (swept_panels > 0) {
+          kernel.sweep(a, b_at(batch, col0, k * KC * kernel.k_per_unit), g.b_row, swept_panels, swept_units, rows, c,
+                       c_panel_elements(), k == 0);
+        }
         for (i64 j = 0; j < panels; j++) {
-          pack_b(batch, col0 + j * nr, k, panel);
-          p.kernel->multiply(a, panel, block_units(k), rows, c + j * c_panel_bytes(), k == 0);
+          multiply_panel(a, batch, col0 + j * nr, k, j < swept_panels ? swept_units : 0, rows, panel,
+                         c + j * c_panel_bytes());
         }
       }
       p.finish(g, c, p.block_rows, nr, batch, row0, rows, col0, cols);
     }
-    if (p.kernel->end != nullptr) p.kernel->end();
+    if (kernel.end != nullptr) kernel.end();
     return OK;
   }
 
@@ -217,6 +256,20 @@ struct Gemm {
   }
 };
 
+// A product with few columns and many rows is computed as its transpose, whose few rows take the paths that
+// read the larger operand once and in place. a * b = b * a, so every chain keeps its bits.
+void with_few_rows(Problem& g, const GemmKernel& kernel) {
+  if (g.N == 1 && g.b_layout == 0 && g.b_row == 1) g.b_layout = 1;
+  if (g.b_layout != 1 || g.N > kernel.stream_rows || g.M <= g.N) return;
+  Problem t = g;
+  t.M = g.N, t.N = g.M;
+  t.a = g.b, t.a_row = g.b_row, t.a_batch = g.b_batch;
+  t.b = g.a, t.b_row = g.a_row, t.b_batch = g.a_batch;
+  t.addend_row = g.addend_col, t.addend_col = g.addend_row;
+  t.c_row = g.c_col, t.c_col = g.c_row;
+  g = t;
+}
+
 // The order that bf16 GEMMs of this process use: the fastest that the CPU has.
 Bf16Order bf16_order() {
   if (bf16_kernel(BF16_AMX) != nullptr) return BF16_AMX;
@@ -235,7 +288,7 @@ BI_EXPORT bi::i32 bi_bf16_order_supported(bi::i32 order) {
 
 BI_EXPORT bi::i32 bi_gemm(const bi::GemmArgs* args) {
   using namespace bi;
-  GemmArgs g = *args;
+  Problem g{*args};
   if (g.M < 0 || g.N < 0 || g.K < 0 || g.batch < 0 || (g.b_layout != 0 && g.b_layout != 1)) return BAD_ARGUMENT;
   if (finish_for(g.out_dtype) == nullptr) return BAD_DTYPE;
   bool widened = (g.dtype == BF16 || g.dtype == F16) && g.out_dtype == F32;
@@ -246,6 +299,7 @@ BI_EXPORT bi::i32 bi_gemm(const bi::GemmArgs* args) {
   if (kernel == nullptr) return g.dtype == BF16 ? BAD_ARGUMENT : BAD_DTYPE;
   if (g.M == 0 || g.N == 0 || g.batch == 0) return OK;
   if (g.beta == 0.0) g.addend = nullptr;
+  with_few_rows(g, *kernel);
   Plan plan = make_plan(g, kernel);
-  return Gemm{g, plan}.run_all();
+  return Gemm{g, plan, *kernel}.run_all();
 }

@@ -6,6 +6,10 @@ namespace bi {
 
 using PackRows = void (*)(const void* a, i64 row_stride, i64 rows, i64 ks, i64 units, void* out);
 using PackPanel = void (*)(const void* b, i64 row_stride, i64 cols, i64 ks, i64 units, void* out);
+using Stream = void (*)(const void* a, const void* b, i64 row_stride, i64 cols, i64 units, i64 rows, void* c,
+                        bool first);
+using Sweep = void (*)(const void* a, const void* b, i64 row_stride, i64 panels, i64 units, i64 rows, void* c,
+                       i64 c_panel, bool first);
 using Multiply = void (*)(const void* a, const void* b, i64 units, i64 rows, void* c, bool first);
 
 // Sizes in packed units (pack.h). Accumulators have the size of a unit, and C is [rows][panel_lanes] of them.
@@ -19,6 +23,10 @@ struct GemmKernel {
   PackRows pack_rows;
   PackPanel pack_panel[2];  // B as [K, N], B as [N, K]
   Multiply multiply;
+  i64 stream_rows;  // up to this many rows `stream` may be used: it reads B as [N, K] in place
+  Stream stream;
+  i64 sweep_rows;  // up to this many rows `sweep` may be used: it reads B as [K, N] in place
+  Sweep sweep;
   void (*begin)();  // run by a thread before and after it multiplies, or null
   void (*end)();
 };
@@ -31,8 +39,8 @@ enum Bf16Order : i32 {
   // TDPBF16PS: k in steps of 32, ascending; a step adds one sum to the chain, namely the serial FMA chain
   // over its even k plus the one over its odd k. Denormals are zero.
   BF16_AMX = 0,
-  // VDPBF16PS: one instruction per pair of k, ascending, which fuses first one and then the other product
-  // into the chain. Denormals are zero.
+  // VDPBF16PS: one instruction per pair of k, ascending: a serial FMA chain over k = 1, 0, 3, 2, 5, 4, ...
+  // Denormals are zero.
   BF16_DOT = 1,
   BF16_SERIAL = 2,  // fma_kernel(BF16)
 };

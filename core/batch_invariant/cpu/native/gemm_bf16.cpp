@@ -9,6 +9,7 @@ namespace bi {
 namespace {
 
 constexpr i64 NR = 32;
+constexpr int DOT_STREAM_ROWS = 8;  // more would not leave registers for the transposes
 
 void pack_rows_of_pairs(const void* a, i64 stride, i64 rows, i64 ks, i64 units, void* out) {
   pack_rows<ToPair>(static_cast<const bf16*>(a), stride, rows, ks, units, static_cast<float*>(out));
@@ -42,6 +43,17 @@ struct Dot {
 void multiply_dot(const void* a, const void* b, i64 units, i64 rows, void* c, bool first) {
   multiply_block<Dot, TILE_ROWS, TILE_VECTORS>(static_cast<const float*>(a), static_cast<const float*>(b),
                                                units, rows, static_cast<float*>(c), first);
+}
+
+void stream_dot(const void* a, const void* b, i64 stride, i64 cols, i64 units, i64 rows, void* c, bool first) {
+  stream_rows<ToPair, Dot, DOT_STREAM_ROWS, TILE_VECTORS>(rows, static_cast<const float*>(a), static_cast<const bf16*>(b),
+                                                      stride, cols, units, static_cast<float*>(c), first);
+}
+
+void sweep_dot(const void* a, const void* b, i64 stride, i64 panels, i64 units, i64 rows, void* c, i64 c_panel,
+               bool first) {
+  sweep_rows<ToPair, Dot, SWEEP_ROWS, TILE_VECTORS>(rows, static_cast<const float*>(a), static_cast<const bf16*>(b),
+                                                    stride, panels, units, static_cast<float*>(c), c_panel, first);
 }
 
 }  // namespace
@@ -124,9 +136,9 @@ namespace bi {
 
 const GemmKernel* bf16_kernel(Bf16Order order) {
   static constexpr GemmKernel amx = {2, 4, 2, TILE, TILE, NR, pack_rows_of_pairs, {pack_kn, pack_nk},
-                                     multiply_amx, begin_amx, end_amx};
+                                     multiply_amx, 0, nullptr, 0, nullptr, begin_amx, end_amx};
   static constexpr GemmKernel dot = {2, 4, 2, 1, 1, NR, pack_rows_of_pairs, {pack_kn, pack_nk},
-                                     multiply_dot, nullptr, nullptr};
+                                     multiply_dot, DOT_STREAM_ROWS, stream_dot, SWEEP_ROWS, sweep_dot, nullptr, nullptr};
   switch (order) {
     case BF16_AMX: return (cpu_features() & CPU_AMX_BF16) != 0 ? &amx : nullptr;
     case BF16_DOT: return (cpu_features() & CPU_AVX512_BF16) != 0 ? &dot : nullptr;

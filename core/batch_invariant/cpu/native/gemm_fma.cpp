@@ -24,8 +24,17 @@ struct Kernel {
     multiply_block<Step, TILE_ROWS, VECTORS>(static_cast<const Unit*>(a), static_cast<const Unit*>(b), units,
                                              rows, static_cast<Unit*>(c), first);
   }
+  static void stream(const void* a, const void* b, i64 stride, i64 cols, i64 units, i64 rows, void* c, bool first) {
+    stream_rows<How, Step, STREAM_ROWS, VECTORS>(rows, static_cast<const Unit*>(a), static_cast<const Source*>(b),
+                                                 stride, cols, units, static_cast<Unit*>(c), first);
+  }
+  static void sweep(const void* a, const void* b, i64 stride, i64 panels, i64 units, i64 rows, void* c, i64 c_panel,
+                    bool first) {
+    sweep_rows<How, Step, SWEEP_ROWS, VECTORS>(rows, static_cast<const Unit*>(a), static_cast<const Source*>(b), stride,
+                                               panels, units, static_cast<Unit*>(c), c_panel, first);
+  }
   static constexpr GemmKernel value = {
-      sizeof(Source), sizeof(Unit), 1, 1, 1, NR, rows, {kn, nk}, multiply, nullptr, nullptr};
+      sizeof(Source), sizeof(Unit), 1, 1, 1, NR, rows, {kn, nk}, multiply, STREAM_ROWS, stream, SWEEP_ROWS, sweep, nullptr, nullptr};
 };
 
 }  // namespace

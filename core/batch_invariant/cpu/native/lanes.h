@@ -11,7 +11,7 @@
 // ops/row_order.py says the same in plain torch.
 #pragma once
 #include "parallel.h"
-#include "simd.h"
+#include "partial.h"
 
 namespace bi {
 
@@ -26,11 +26,11 @@ BI_INLINE float one_nan(float x) { return x == x ? x : QUIET_NAN; }
 
 template <class T>
 BI_INLINE void store_result(T* to, f32x16 x, i64 count = 16) {
-  store_f32(to, one_nan(x), count);
+  store_part(to, one_nan(x), count);
 }
 template <class T>
 BI_INLINE void store_result(T* to, float x) {
-  store_f32(to, one_nan(splat(x)), 1);
+  store_part(to, one_nan(splat(x)), 1);
 }
 
 // The first `count` lanes of x and the other lanes of `others`; any count.
@@ -40,15 +40,19 @@ BI_INLINE f32x16 first_lanes(f32x16 x, i64 count, f32x16 others) {
 }
 BI_INLINE f32x16 first_lanes(f32x16 x, i64 count, float others) { return first_lanes(x, count, splat(others)); }
 
+// A total starts with its first term instead of the identity. For sums that differs only where all terms
+// are -0.0, and `finish` makes that +0.0 again.
 struct Sum {
   static constexpr float identity = 0.0f;
   template <class V>
   BI_INLINE V combine(V a, V b) { return a + b; }
+  BI_INLINE float finish(float total) { return total + 0.0f; }
 };
 struct Product {
   static constexpr float identity = 1.0f;
   template <class V>
   BI_INLINE V combine(V a, V b) { return a * b; }
+  BI_INLINE float finish(float total) { return total; }
 };
 
 // Applies `body(i, count)` to 0 <= i < n in vectors of 16; the last count may be smaller.
@@ -59,29 +63,42 @@ BI_INLINE void for_vectors(i64 n, Body body) {
   if (i < n) body(i, n - i);
 }
 
-// The lanes of elements begin..end, which lie in one segment. `at(i, count)` gives elements i.. as fp32.
-// Writes whole vectors of `lanes`: as many as hold elements. With `more`, adds to what is there.
+// Reads elements i.. of a row: 16, or fewer at its end, where the identity fills up.
 template <class Op, class At>
-BI_INLINE void segment_lanes(i64 begin, i64 end, bool more, float* lanes, At at) {
-  constexpr i64 BLOCK = 64;
-  for (i64 lane = 0; lane < LANES && begin + lane < end; lane += BLOCK) {
-    f32x16 total[4];
-    for (auto& t : total) t = splat(Op::identity);
-    i64 i = begin + lane;
-    for (; i + BLOCK <= end; i += LANES) {
-      for (i64 j = 0; j < 4; ++j) total[j] = Op::combine(total[j], at(i + 16 * j, i64{16}));
+BI_INLINE f32x16 terms(At& at, i64 i, i64 end) {
+  i64 left = end - i;
+  return left >= 16 ? at(i, i64{16}) : first_lanes(at(i, left), left, Op::identity);
+}
+
+// The total of lanes i..i+16 of the segment that ends at `end`.
+template <class Op, class At>
+BI_INLINE f32x16 lane_chain(At& at, i64 i, i64 end) {
+  if (i + LANES >= end) return terms<Op>(at, i, end);
+  f32x16 total = at(i, i64{16});
+  for (i += LANES; i + 16 <= end; i += LANES) total = Op::combine(total, at(i, i64{16}));
+  return i < end ? Op::combine(total, terms<Op>(at, i, end)) : total;
+}
+
+// Writes the lanes of elements begin..end, which lie in one segment, in whole vectors: as many as hold
+// elements. Reads the row from front to back, which memory likes best.
+template <class Op, class At>
+BI_INLINE void segment_lanes(i64 begin, i64 end, float* lanes, At& at) {
+  i64 first = min(end, begin + LANES);
+  for (i64 i = begin; i < first; i += 16) store(lanes + (i - begin), terms<Op>(at, i, end));
+  for (i64 chunk = begin + LANES; chunk < end; chunk += LANES) {
+    i64 stop = min(end, chunk + LANES);
+    for (i64 i = chunk; i < stop; i += 16) {
+      float* lane = lanes + (i - chunk);
+      store(lane, Op::combine(load<f32x16>(lane), terms<Op>(at, i, end)));
     }
-    for (i64 j = 0; j < 4; ++j) {
-      i64 left = end - (i + 16 * j);
-      if (left >= 16) {
-        total[j] = Op::combine(total[j], at(i + 16 * j, i64{16}));
-      } else if (left > 0) {
-        f32x16 tail = first_lanes(at(i + 16 * j, left), left, Op::identity);
-        total[j] = Op::combine(total[j], tail);
-      }
-      float* to = lanes + lane + 16 * j;
-      if (begin + lane + 16 * j < end) store(to, more ? Op::combine(load<f32x16>(to), total[j]) : total[j]);
-    }
+  }
+}
+
+// Adds the lanes of the next segment, of `length` elements, to those of the segments before it.
+template <class Op>
+BI_INLINE void add_lanes(float* total, const float* next, i64 length) {
+  for (i64 i = 0; i < min(length, LANES); i += 16) {
+    store(total + i, Op::combine(load<f32x16>(total + i), load<f32x16>(next + i)));
   }
 }
 
@@ -93,34 +110,76 @@ BI_INLINE float fold_vector(f32x16 v) {
                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
   f32x4 b = Op::combine(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
   float c = Op::combine(b[0], b[2]);
-  return Op::combine(c, Op::combine(b[1], b[3]));
+  return Op::finish(Op::combine(c, Op::combine(b[1], b[3])));
 }
 
-// Folds the lanes of a row of n > 0 elements by halves. Uses `lanes` up.
-template <class Op>
-BI_INLINE float fold_lanes(float* lanes, i64 n) {
-  i64 used = round_up(min(n, LANES), 16);
-  for (i64 half = LANES / 2; half >= 16; half /= 2) {
-    for (i64 i = 0; i + half < used; i += 16) {
-      store(lanes + i, Op::combine(load<f32x16>(lanes + i), load<f32x16>(lanes + i + half)));
-    }
-    used = min(used, half);
+// Folds COUNT vectors (a power of two) to one by halves, starting with FIRST and every STEP-th after it.
+template <class Op, int COUNT, int FIRST = 0, int STEP = 1>
+BI_INLINE f32x16 fold_vectors(const float* lanes) {
+  if constexpr (STEP == COUNT) {
+    return load<f32x16>(lanes + 16 * FIRST);
+  } else {
+    return Op::combine(fold_vectors<Op, COUNT, FIRST, 2 * STEP>(lanes),
+                       fold_vectors<Op, COUNT, FIRST + STEP, 2 * STEP>(lanes));
   }
-  return fold_vector<Op>(load<f32x16>(lanes));
 }
 
-// The whole order over one row, on one thread.
+// Folds the first `count` lanes by halves; count is a power of two from 16 to LANES / 2.
+template <class Op>
+BI_INLINE float fold_lanes(const float* lanes, i64 count) {
+  switch (count / 16) {
+    case 1: return fold_vector<Op>(load<f32x16>(lanes));
+    case 2: return fold_vector<Op>(fold_vectors<Op, 2>(lanes));
+    case 4: return fold_vector<Op>(fold_vectors<Op, 4>(lanes));
+    case 8: return fold_vector<Op>(fold_vectors<Op, 8>(lanes));
+    case 16: return fold_vector<Op>(fold_vectors<Op, 16>(lanes));
+    default: return fold_vector<Op>(fold_vectors<Op, 32>(lanes));
+  }
+}
+
+// The first fold of a full set of lanes, for rows that fill them, and the others.
+template <class Op>
+BI_INLINE float fold_all_lanes(float* lanes) {
+  for (i64 i = 0; i < LANES / 2; i += 16) {
+    store(lanes + i, Op::combine(load<f32x16>(lanes + i), load<f32x16>(lanes + i + LANES / 2)));
+  }
+  return fold_lanes<Op>(lanes, LANES / 2);
+}
+
+// The whole order over one row, on one thread. `at(i, count)` gives elements i.. of the row as fp32, in
+// vectors of 16; it is called once for each vector, and may have effects.
 template <class Op, class At>
 BI_INLINE float reduce_row(i64 n, At at) {
-  if (n <= 16) {
-    return n <= 0 ? Op::identity
-                  : fold_vector<Op>(Op::combine(splat(Op::identity), first_lanes(at(i64{0}, n), n, Op::identity)));
-  }
+  if (n <= 0) return Op::identity;
   alignas(64) float lanes[LANES];
-  for (i64 begin = 0; begin < n; begin += SEGMENT) {
-    segment_lanes<Op>(begin, min(begin + SEGMENT, n), begin > 0, lanes, at);
+  if (n > SEGMENT) {
+    alignas(64) float next[LANES];
+    segment_lanes<Op>(0, SEGMENT, lanes, at);
+    for (i64 begin = SEGMENT; begin < n; begin += SEGMENT) {
+      i64 end = min(begin + SEGMENT, n);
+      segment_lanes<Op>(begin, end, next, at);
+      add_lanes<Op>(lanes, next, end - begin);
+    }
+    return fold_all_lanes<Op>(lanes);
   }
-  return fold_lanes<Op>(lanes, n);
+  // One segment: each lane's total is kept in a register and folded once before it is written.
+  i64 width = min(n, LANES);
+  i64 half = width <= 16 ? 16 : i64{1} << (63 - __builtin_clzll(static_cast<u64>(width - 1)));
+  i64 i = 0;
+  if (n <= LANES) {
+    for (; i + half + 16 <= n; i += 16) store(lanes + i, Op::combine(at(i, i64{16}), at(i + half, i64{16})));
+    if (i + half < n) {
+      store(lanes + i, Op::combine(at(i, i64{16}), terms<Op>(at, i + half, n)));
+      i += 16;
+    }
+    for (; i + 16 <= min(half, n); i += 16) store(lanes + i, at(i, i64{16}));
+    if (i < min(half, n)) store(lanes + i, terms<Op>(at, i, n));
+  } else {
+    for (; i < half; i += 16) {
+      store(lanes + i, Op::combine(lane_chain<Op>(at, i, n), lane_chain<Op>(at, i + half, n)));
+    }
+  }
+  return fold_lanes<Op>(lanes, half);
 }
 
 // Below this many elements, waking a second thread costs more than it saves.

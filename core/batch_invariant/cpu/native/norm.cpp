@@ -24,8 +24,8 @@ struct RmsNorm {
     const T* from = x + index * x_stride;
     const T* other = RESIDUAL ? residual + index * residual_stride : nullptr;
     auto sum = [=](i64 i, i64 count) __attribute__((always_inline)) {
-      f32x16 s = load_f32(from + i, count);
-      if constexpr (RESIDUAL) s = s + load_f32(other + i, count);
+      f32x16 s = load_part(from + i, count);
+      if constexpr (RESIDUAL) s = s + load_part(other + i, count);
       return s;
     };
     float squares = reduce_row<Sum>(variance_size, [=](i64 i, i64 count) __attribute__((always_inline)) {
@@ -40,7 +40,7 @@ struct RmsNorm {
     for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
       f32x16 s = sum(i, count);
       f32x16 y = s * r;
-      if (w != nullptr) y = y * load_f32(w + i, count);
+      if (w != nullptr) y = y * load_part(w + i, count);
       if (kept != nullptr) store_result(kept + i, s, count);
       store_result(to + i, y, count);
     });
@@ -60,9 +60,9 @@ struct LayerNorm {
     const T* from = x + index * x_stride;
     float size = static_cast<float>(n);
     float mean = reduce_row<Sum>(
-        n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_f32(from + i, count); }) / size;
+        n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(from + i, count); }) / size;
     float squares = reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-      f32x16 d = load_f32(from + i, count) - mean;
+      f32x16 d = load_part(from + i, count) - mean;
       return d * d;
     });
     float r = rsqrt(squares / size, eps);
@@ -72,9 +72,9 @@ struct LayerNorm {
     const W *w = weight, *b = bias;
     if (spatial == 0) {
       for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-        f32x16 y = (load_f32(from + i, count) - mean) * r;
-        if (w != nullptr) y = y * load_f32(w + i, count);
-        if (b != nullptr) y = y + load_f32(b + i, count);
+        f32x16 y = (load_part(from + i, count) - mean) * r;
+        if (w != nullptr) y = y * load_part(w + i, count);
+        if (b != nullptr) y = y + load_part(b + i, count);
         store_result(to + i, y, count);
       });
       return;
@@ -86,7 +86,7 @@ struct LayerNorm {
       float scale = w != nullptr ? to_f32(w[first + channel]) : 1.0f;
       float shift = b != nullptr ? to_f32(b[first + channel]) : 0.0f;
       for_vectors(spatial, [=](i64 i, i64 count) __attribute__((always_inline)) {
-        f32x16 y = (load_f32(part + i, count) - mean) * r;
+        f32x16 y = (load_part(part + i, count) - mean) * r;
         if (w != nullptr) y = y * scale;
         if (b != nullptr) y = y + shift;
         store_result(part_to + i, y, count);
@@ -113,12 +113,12 @@ struct NormBackward {
     float r = rstd[index];
     float shift = LAYER ? mean[index] : 0.0f;
     auto weighted = [=](i64 i, i64 count) __attribute__((always_inline)) {
-      f32x16 h = load_f32(gradient + i, count);
-      return w != nullptr ? h * load_f32(w + i, count) : h;
+      f32x16 h = load_part(gradient + i, count);
+      return w != nullptr ? h * load_part(w + i, count) : h;
     };
     auto centred = [=](i64 i, i64 count) __attribute__((always_inline)) {
-      f32x16 v = load_f32(from + i, count);
-      if (other != nullptr) v = v + load_f32(other + i, count);
+      f32x16 v = load_part(from + i, count);
+      if (other != nullptr) v = v + load_part(other + i, count);
       if constexpr (LAYER) v = v - shift;
       return v * r;
     };

@@ -10,6 +10,7 @@
 namespace bi {
 
 constexpr i64 KC = 256;       // units per k block: a panel of 32 fp32 lanes is 32 KiB
+constexpr i64 STREAM_UNITS = 16;  // units of one step of a kernel that reads B in place: a cache line of fp32
 constexpr i64 LDA = KC + 16;  // not a multiple of 4 KiB, so that rows do not share cache sets
 
 typedef float f32x8 __attribute__((vector_size(32)));
@@ -31,51 +32,6 @@ BI_INLINE f32x16 join(f32x8 low, f32x8 high) {
 }
 BI_INLINE f64x8 join(f64x4 low, f64x4 high) {
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-}
-
-// Transposes 16 rows of 8 numbers, row(i) giving the 8 of row i: lane i of out[j] is element j of row i.
-// The rows enter as halves of a vector, which spares a third of the shuffles of a square transpose.
-template <class Row>
-BI_INLINE void transpose(Row&& row, f32x16* out) {
-  f32x16 mixed[2][8];
-#pragma clang loop unroll(full)
-  for (int half = 0; half < 2; half++) {
-    f32x16 r[4];
-#pragma clang loop unroll(full)
-    for (int i = 0; i < 4; i++) r[i] = join(row(half * 8 + i), row(half * 8 + 4 + i));
-    f32x16 low01 = __builtin_shufflevector(r[0], r[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    f32x16 high01 = __builtin_shufflevector(r[0], r[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    f32x16 low23 = __builtin_shufflevector(r[2], r[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    f32x16 high23 = __builtin_shufflevector(r[2], r[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    mixed[half][0] = __builtin_shufflevector(low01, low23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    mixed[half][1] = __builtin_shufflevector(low01, low23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    mixed[half][2] = __builtin_shufflevector(high01, high23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    mixed[half][3] = __builtin_shufflevector(high01, high23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-#pragma clang loop unroll(full)
-  for (int j = 0; j < 4; j++) {
-    f32x16 a = mixed[0][j], b = mixed[1][j];
-    out[j] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-    out[j + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  }
-}
-
-// The same for 8 rows of 4 doubles.
-template <class Row>
-BI_INLINE void transpose(Row&& row, f64x8* out) {
-  f64x8 mixed[2][2];
-#pragma clang loop unroll(full)
-  for (int half = 0; half < 2; half++) {
-    f64x8 r0 = join(row(half * 4), row(half * 4 + 2)), r1 = join(row(half * 4 + 1), row(half * 4 + 3));
-    mixed[half][0] = __builtin_shufflevector(r0, r1, 0, 8, 2, 10, 4, 12, 6, 14);
-    mixed[half][1] = __builtin_shufflevector(r0, r1, 1, 9, 3, 11, 5, 13, 7, 15);
-  }
-#pragma clang loop unroll(full)
-  for (int j = 0; j < 2; j++) {
-    f64x8 a = mixed[0][j], b = mixed[1][j];
-    out[j] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13);
-    out[j + 2] = __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
-  }
 }
 
 // How one (source type, unit) combination is read. LANES rows of STEP units make one transposed block.
@@ -108,6 +64,53 @@ struct ToF64 {
   BI_INLINE f64x4 read(const double* p) { return load<f64x4>(p); }
   BI_INLINE f64x8 read_lanes(const double* p, i64) { return load<f64x8>(p); }
 };
+
+// Transposes 16 rows of 8 units, found at `at` in each: lane i of out[j] is unit j of row i. The rows enter as
+// halves of a vector, which spares a quarter of the shuffles of a square transpose.
+template <class How>
+BI_INLINE void transpose(const typename How::Source* const* rows, i64 at, f32x16* out) {
+  f32x16 mixed[2][8];
+#pragma clang loop unroll(full)
+  for (int half = 0; half < 2; half++) {
+    f32x16 r[4];
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 4; i++) r[i] = join(How::read(rows[half * 8 + i] + at), How::read(rows[half * 8 + 4 + i] + at));
+    f32x16 low01 = __builtin_shufflevector(r[0], r[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    f32x16 high01 = __builtin_shufflevector(r[0], r[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    f32x16 low23 = __builtin_shufflevector(r[2], r[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    f32x16 high23 = __builtin_shufflevector(r[2], r[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    mixed[half][0] = __builtin_shufflevector(low01, low23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    mixed[half][1] = __builtin_shufflevector(low01, low23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    mixed[half][2] = __builtin_shufflevector(high01, high23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    mixed[half][3] = __builtin_shufflevector(high01, high23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+#pragma clang loop unroll(full)
+  for (int j = 0; j < 4; j++) {
+    f32x16 a = mixed[0][j], b = mixed[1][j];
+    out[j] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    out[j + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+}
+
+// The same for 8 rows of 4 doubles.
+template <class How>
+BI_INLINE void transpose(const double* const* rows, i64 at, f64x8* out) {
+  f64x8 mixed[2][2];
+#pragma clang loop unroll(full)
+  for (int half = 0; half < 2; half++) {
+    const double* const* r = rows + half * 4;
+    f64x8 r0 = join(How::read(r[0] + at), How::read(r[2] + at));
+    f64x8 r1 = join(How::read(r[1] + at), How::read(r[3] + at));
+    mixed[half][0] = __builtin_shufflevector(r0, r1, 0, 8, 2, 10, 4, 12, 6, 14);
+    mixed[half][1] = __builtin_shufflevector(r0, r1, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+#pragma clang loop unroll(full)
+  for (int j = 0; j < 2; j++) {
+    f64x8 a = mixed[0][j], b = mixed[1][j];
+    out[j] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13);
+    out[j + 2] = __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+  }
+}
 
 // Packs `ks` numbers of each of `rows` rows, padded with zeros to `units`, as [rows][LDA].
 template <class How>
@@ -149,17 +152,19 @@ BI_INLINE void pack_panel_nk(const typename How::Source* b, i64 row_stride, i64 
 #pragma clang loop unroll(full)
         for (i64 i = 0; i < LANES; i++) __builtin_prefetch(rows[i] + k + AHEAD);
       }
-      transpose([&](i64 i) __attribute__((always_inline)) { return How::read(rows[i] + k); }, block);
+      transpose<How>(rows, k, block);
 #pragma clang loop unroll(full)
       for (i64 j = 0; j < STEP; j++) store(out + (u + j) * NR + group, block[j]);
     }
     for (; u < units; k += TAKE, u += STEP) {
       Source rest[LANES][TAKE] = {};
-      if (k < ks) {
-        size_t bytes = static_cast<size_t>(min(ks - k, TAKE)) * sizeof(Source);
-        for (i64 i = 0; i < LANES; i++) __builtin_memcpy(rest[i], rows[i] + k, bytes);
+      const Source* rest_rows[LANES];
+      size_t bytes = static_cast<size_t>(max(min(ks - k, TAKE), 0)) * sizeof(Source);
+      for (i64 i = 0; i < LANES; i++) {
+        if (bytes > 0) __builtin_memcpy(rest[i], rows[i] + k, bytes);
+        rest_rows[i] = rest[i];
       }
-      transpose([&](i64 i) __attribute__((always_inline)) { return How::read(rest[i]); }, block);
+      transpose<How>(rest_rows, 0, block);
       for (i64 j = 0; j < min(STEP, units - u); j++) store(out + (u + j) * NR + group, block[j]);
     }
   }

@@ -16,25 +16,20 @@ Status reduce_long_row(int threads, i64 n, At at, float* result) {
   Scratch scratch((min(segments, WAVE) + 1) * LANES * static_cast<i64>(sizeof(float)));
   if (scratch.data == nullptr) return OUT_OF_MEMORY;
   float* total = scratch.as<float>();
-  float* partial = total + LANES;
+  float* lanes = total + LANES;
   for (i64 first = 0; first < segments; first += WAVE) {
     i64 wave = min(WAVE, segments - first);
     Status status = parallel_for(threads, wave, [&](i64 task) -> Status {
       i64 begin = (first + task) * SEGMENT;
-      segment_lanes<Op>(begin, min(begin + SEGMENT, n), false, partial + task * LANES, at);
+      segment_lanes<Op>(begin, min(begin + SEGMENT, n), lanes + task * LANES, at);
       return OK;
     });
     if (status != OK) return status;
-    for (i64 task = 0; task < wave; ++task) {
-      const float* lanes = partial + task * LANES;
-      i64 length = min(n - (first + task) * SEGMENT, LANES);
-      for (i64 i = 0; i < length; i += 16) {
-        f32x16 v = load<f32x16>(lanes + i);
-        store(total + i, first + task == 0 ? v : Op::combine(load<f32x16>(total + i), v));
-      }
-    }
+    i64 task = 0;
+    if (first == 0) __builtin_memcpy(total, lanes + task++ * LANES, LANES * sizeof(float));
+    for (; task < wave; ++task) add_lanes<Op>(total, lanes + task * LANES, n - (first + task) * SEGMENT);
   }
-  *result = fold_lanes<Op>(total, n);
+  *result = fold_all_lanes<Op>(total);
   return OK;
 }
 
@@ -66,7 +61,7 @@ float extreme_magnitude(const T* x, i64 n) {
   f32x16 best = splat(LARGEST_OF ? 0.0f : INFINITY_F32);
   i32x16 nan = {};
   for_vectors(n, [&](i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 v = first_lanes(magnitude(load_f32(x + i, count)), count, LARGEST_OF ? 0.0f : INFINITY_F32);
+    f32x16 v = first_lanes(magnitude(load_part(x + i, count)), count, LARGEST_OF ? 0.0f : INFINITY_F32);
     best = (LARGEST_OF ? v > best : v < best) ? v : best;
     nan |= v != v;
   });
@@ -80,16 +75,16 @@ float extreme_magnitude(const T* x, i64 n) {
 
 template <class T, class Out>
 Status reduce(i32 op, i64 rows, i64 n, const T* x, i64 stride, Out* out, int threads) {
-  auto value = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) { return load_f32(p + i, count); };
+  auto value = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) { return load_part(p + i, count); };
   auto size = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) {
-    return magnitude(load_f32(p + i, count));
+    return magnitude(load_part(p + i, count));
   };
   auto square = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 v = load_f32(p + i, count);
+    f32x16 v = load_part(p + i, count);
     return v * v;
   };
   auto not_zero = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) {
-    return load_f32(p + i, count) != 0.0f ? splat(1.0f) : splat(0.0f);
+    return load_part(p + i, count) != 0.0f ? splat(1.0f) : splat(0.0f);
   };
   auto keep = [=](i64 row, float total) { store_result(out + row, total); };
   switch (op) {
@@ -127,13 +122,13 @@ Status variance(bool take_sqrt, i64 rows, i64 n, const T* x, i64 stride, double 
       const T* from = x + row * stride;
       float total, squares;
       Status status = reduce_long_row<Sum>(
-          threads, n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_f32(from + i, count); }, &total);
+          threads, n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(from + i, count); }, &total);
       if (status != OK) return status;
       float mean = total / size;
       status = reduce_long_row<Sum>(
           threads, n,
           [=](i64 i, i64 count) __attribute__((always_inline)) {
-            f32x16 d = load_f32(from + i, count) - mean;
+            f32x16 d = load_part(from + i, count) - mean;
             return d * d;
           },
           &squares);
@@ -145,9 +140,9 @@ Status variance(bool take_sqrt, i64 rows, i64 n, const T* x, i64 stride, double 
   return for_rows(threads, rows, n, [=](i64 row) {
     const T* from = x + row * stride;
     float mean = reduce_row<Sum>(
-        n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_f32(from + i, count); }) / size;
+        n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(from + i, count); }) / size;
     finish(row, mean, reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-             f32x16 d = load_f32(from + i, count) - mean;
+             f32x16 d = load_part(from + i, count) - mean;
              return d * d;
            }));
   });

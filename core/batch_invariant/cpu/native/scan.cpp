@@ -19,7 +19,7 @@ void cumsum_rows(i64 count, i64 n, const T* x, i64 x_stride, Out* out, i64 out_s
     for (i64 r = 0; r < count; ++r) {
       const T* from = x + r * x_stride + begin;
       for_vectors(length, [&](i64 i, i64 lanes) __attribute__((always_inline)) {
-        store(&value[r][i], load_f32(from + i, lanes));
+        store(&value[r][i], load_part(from + i, lanes));
       });
     }
     if (count == TOGETHER) {

@@ -96,7 +96,7 @@ i64 arg_extreme(const T* x, i64 n) {
   f32x16 best = splat(NONE);
   i32x16 nan = {};
   for_vectors(n, [&](i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 v = first_lanes(load_f32(x + i, count), count, NONE);
+    f32x16 v = first_lanes(load_part(x + i, count), count, NONE);
     best = (LARGEST_FIRST ? v > best : v < best) ? v : best;
     nan |= v != v;
   });

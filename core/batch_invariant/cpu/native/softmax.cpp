@@ -18,7 +18,7 @@ BI_INLINE float row_max(const T* x, i64 n) {
     for (i64 j = 0; j < 4; ++j) best[j] = larger(load_f32(x + i + 16 * j), best[j]);
   }
   for (; i + 16 <= n; i += 16) best[0] = larger(load_f32(x + i), best[0]);
-  if (i < n) best[0] = larger(first_lanes(load_f32(x + i, n - i), n - i, -INFINITY_F32), best[0]);
+  if (i < n) best[0] = larger(first_lanes(load_part(x + i, n - i), n - i, -INFINITY_F32), best[0]);
   best[0] = larger(larger(best[0], best[1]), larger(best[2], best[3]));
   float result = best[0][0];
   for (int lane = 1; lane < 16; ++lane) result = best[0][lane] > result ? best[0][lane] : result;
@@ -28,7 +28,7 @@ BI_INLINE float row_max(const T* x, i64 n) {
 template <class T>
 BI_INLINE float sum_of_exp(const T* x, i64 n, float max) {
   return reduce_row<Sum>(
-      n, [=](i64 i, i64 count) __attribute__((always_inline)) { return exp(load_f32(x + i, count) - max); });
+      n, [=](i64 i, i64 count) __attribute__((always_inline)) { return exp(load_part(x + i, count) - max); });
 }
 
 // `exponentials` holds n floats; it may be `out` itself.
@@ -36,12 +36,12 @@ template <class T, class Out>
 void softmax_row(const T* x, i64 n, Out* out, float* exponentials) {
   float max = row_max(x, n);
   float sum = reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 e = exp(load_f32(x + i, count) - max);
-    store_f32(exponentials + i, e, count);
+    f32x16 e = exp(load_part(x + i, count) - max);
+    store_part(exponentials + i, e, count);
     return e;
   });
   for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-    store_result(out + i, load_f32(exponentials + i, count) / sum, count);
+    store_result(out + i, load_part(exponentials + i, count) / sum, count);
   });
 }
 
@@ -50,7 +50,7 @@ void log_softmax_row(const T* x, i64 n, Out* out) {
   float max = row_max(x, n);
   float log_sum = log(sum_of_exp(x, n, max));
   for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-    store_result(out + i, (load_f32(x + i, count) - max) - log_sum, count);
+    store_result(out + i, (load_part(x + i, count) - max) - log_sum, count);
   });
 }
 
@@ -93,16 +93,16 @@ Status softmax_backward(i32 op, i64 rows, i64 n, const T* g, i64 g_stride, const
     Out* to = out + row * out_stride;
     if (op == SOFTMAX) {
       float sum = reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-        return load_f32(gr + i, count) * load_f32(yr + i, count);
+        return load_part(gr + i, count) * load_part(yr + i, count);
       });
       for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-        store_result(to + i, (load_f32(gr + i, count) - sum) * load_f32(yr + i, count), count);
+        store_result(to + i, (load_part(gr + i, count) - sum) * load_part(yr + i, count), count);
       });
     } else {
       float sum = reduce_row<Sum>(
-          n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_f32(gr + i, count); });
+          n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(gr + i, count); });
       for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-        store_result(to + i, load_f32(gr + i, count) - exp(load_f32(yr + i, count)) * sum, count);
+        store_result(to + i, load_part(gr + i, count) - exp(load_part(yr + i, count)) * sum, count);
       });
     }
   });

@@ -1,0 +1,66 @@
+// Loads and stores of the first `count` (1..16) of 16 elements; memory after them is not touched. Rows end
+// anywhere, so these sit in every kernel: no call, no loop over elements.
+#pragma once
+#include "simd.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace bi {
+
+#if defined(__AVX512F__)
+BI_INLINE u32 lane_mask(i64 count) { return (1u << count) - 1u; }
+BI_INLINE f32x16 load_few(const float* p, i64 count) {
+  return bit_cast<f32x16>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lane_mask(count)), p));
+}
+template <class T>
+BI_INLINE f32x16 load_few(const T* p, i64 count) {
+  return widen(bit_cast<u16x16>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(count)), p)), T{});
+}
+BI_INLINE void store_few(float* p, f32x16 x, i64 count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lane_mask(count)), bit_cast<__m512>(x));
+}
+template <class T>
+BI_INLINE void store_few(T* p, f32x16 x, i64 count) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lane_mask(count)), bit_cast<__m256i>(narrow(x, T{})));
+}
+#else
+// Copies count (0..15) elements in pieces of 8, 4, 2 and 1. Not inlined: it would be most of the library.
+template <class T>
+__attribute__((noinline)) void copy_few(T* to, const T* from, i64 count) {
+  i64 done = 0;
+  if (count & 8) __builtin_memcpy(to, from, 8 * sizeof(T)), done = 8;
+  if (count & 4) __builtin_memcpy(to + done, from + done, 4 * sizeof(T)), done += 4;
+  if (count & 2) __builtin_memcpy(to + done, from + done, 2 * sizeof(T)), done += 2;
+  if (count & 1) to[done] = from[done];
+}
+template <class T>
+BI_INLINE f32x16 load_few(const T* p, i64 count) {
+  T buffer[16] = {};
+  copy_few(buffer, p, count);
+  return load_f32(buffer);
+}
+template <class T>
+BI_INLINE void store_few(T* p, f32x16 x, i64 count) {
+  T buffer[16];
+  store_f32(buffer, x);
+  copy_few(p, buffer, count);
+}
+#endif
+
+// Elements i.. of a row as fp32; lanes that the row does not have are zero.
+template <class T>
+BI_INLINE f32x16 load_part(const T* p, i64 count) {
+  return count >= 16 ? load_f32(p) : load_few(p, count);
+}
+template <class T>
+BI_INLINE void store_part(T* p, f32x16 x, i64 count) {
+  if (count >= 16) {
+    store_f32(p, x);
+  } else {
+    store_few(p, x, count);
+  }
+}
+
+}  // namespace bi
