@@ -23,11 +23,11 @@ BASELINE = frozenset({"cpu_features.cpp"})  # runs before the CPU is known to be
 
 # Contraction off: an expression is fused only where the source says fma, so bits do not follow the
 # compiler's mood. glibc 2.17 is the oldest that the manylinux wheels of torch run on.
-FLAGS = (
-    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti -fvisibility=hidden "
-    "-fno-sanitize=undefined -fno-stack-protector -fomit-frame-pointer "
-    "-fPIC -Wall -Wextra -Werror"
-).split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fomit-frame-pointer", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"),
+    *("-fno-sanitize=undefined", "-fno-stack-protector", "-Wall", "-Wextra", "-Werror"),
+]
 LINUX = "linux-gnu.2.17"
 MACOS = "macos.11.0"
 
@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> None:
 def build(
     system_machine: tuple[str, str] | None = None, folder: Path | None = None
 ) -> list[Path]:
-    """Compiles every library of a platform (default: this one) into `folder` and returns their paths."""
+    """Compiles every library of a platform (default: this one) into `folder`; returns the paths."""
     target = system_machine or host()
     libraries = LIBRARIES.get(target)
     if libraries is None:
@@ -86,15 +86,15 @@ def build(
             # Linked beside its final place and moved there: a process that has the old file mapped
             # keeps it, and an interrupted build leaves no half-written library.
             part = out / f"{name}.part"
-            link = ["c++", "-target", zig_target, f"-mcpu={baseline}", "-nostdlib++", "-shared", "-s"]
-            _run([*link, *objects[name], "-o", str(part)])
+            link = ["c++", "-target", zig_target, f"-mcpu={baseline}", "-nostdlib++", "-shared"]
+            _run([*link, "-s", *objects[name], "-o", str(part)])
             part.replace(out / name)
             made_libraries.append(out / name)
     return made_libraries
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc,unused-ignore]
-    """Adds the compiled libraries to a wheel or an editable install, and tags it for its platform."""
+    """Adds the compiled libraries to a wheel or an editable install and tags it by platform."""
 
     PLUGIN_NAME = "custom"
 

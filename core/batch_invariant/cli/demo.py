@@ -397,27 +397,24 @@ def as_lines(report: Report) -> list[Line]:
 
 
 def _verdict(report: Report) -> list[Line]:
+    def changed(column: Column) -> str:
+        return (
+            f"the batch changed the logits of {column.logits_differ} of {report.prompts} prompts "
+            f"and the text of {column.tokens_differ}."
+        )
+
     stock, invariant = report.stock, report.invariant
     lines: list[Line] = []
     if stock.same:
         lines.append("stock torch: no difference on this machine, with this model and dtype.")
     else:
-        lines.append(
-            f"stock torch: the batch changed the logits of {stock.logits_differ} of "
-            f"{report.prompts} prompts and the text of {stock.tokens_differ}."
-        )
+        lines += textwrap.wrap(f"stock torch: {changed(stock)}", 80)
         lines += _show(stock.example)
     if invariant.same:
         lines.append(("batch_invariant: the same bits alone and in every batch.", "bold green"))
     else:
-        lines.append(
-            (
-                f"batch_invariant FAILED: the batch changed the logits of "
-                f"{invariant.logits_differ} of {report.prompts} prompts and the text of "
-                f"{invariant.tokens_differ}.",
-                "bold red",
-            )
-        )
+        failure = textwrap.wrap(f"batch_invariant FAILED: {changed(invariant)}", 80)
+        lines += [(line, "bold red") for line in failure]
         lines += _show(invariant.example)
     return lines
 

@@ -4,7 +4,7 @@ ATen computes whole vectors with one piece of code and what is left over, or is 
 another, and the two round differently. So arguments are made contiguous, and the elements that
 fall into a scalar tail are computed once more inside whole vectors and written over. Nothing is
 added across elements: a result has the bits of the vector body at any length, position, stride
-and number of threads.
+and number of threads. Which payload a NaN carries is not promised.
 
 Source: vectorized_loop in aten/src/ATen/native/cpu/Loops.h takes two vectors at a time and ends
 with scalars; parallel_for in ATen/Parallel-inl.h and ParallelOpenMP.h cuts what is longer than a
@@ -34,10 +34,10 @@ _VML_GRAIN = 2048
 _GELU_PARALLEL_FROM = 16384
 
 VECTOR_LIBRARY = "the vector body calls a vector math library, the scalar tail libm"
-SEVERAL_ROUNDINGS = "several roundings, which the compiler may fuse in one body and not the other"
-SPECIAL_VALUES = "NaN or the sign of a zero comes out differently of the two bodies"
+SEVERAL_ROUNDINGS = "several roundings, which a compiler may fuse in one body and not in the other"
+SPECIAL_VALUES = "the two bodies differ in NaN or in the sign of a zero"
 COMPLEX = "exact for real numbers; complex ones take several roundings"
-ALPHA = "exact with alpha=1; any other multiplies first, in another precision or a fused step"
+ALPHA = "exact with alpha=1; any other multiplies first, rounded in between or not"
 
 COVERED: dict[str, str] = {
     name: reason
@@ -46,7 +46,7 @@ COVERED: dict[str, str] = {
             acos acosh angle asin asinh atan atan2 atanh cos cosh digamma elu elu_backward erf erfc
             erfinv exp exp2 expm1 gelu gelu_backward hypot i0 igamma igammac lgamma log log10 log1p
             log2 log_sigmoid_backward log_sigmoid_forward logaddexp logaddexp2 logit mish
-            mish_backward polar polygamma pow.Tensor_Scalar pow.Tensor_Tensor rsqrt sigmoid silu
+            mish_backward polygamma pow.Tensor_Scalar pow.Tensor_Tensor rsqrt sigmoid silu
             silu_backward sin sinc sinh softplus softplus_backward special_airy_ai
             special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_entr
             special_erfcx special_i0e special_i1 special_i1e special_log_ndtr
@@ -63,51 +63,88 @@ COVERED: dict[str, str] = {
         """,
         SPECIAL_VALUES: """
             clamp.Tensor clamp_max.Tensor clamp_min.Tensor fmax fmin hardshrink hardshrink_backward
-            hardtanh_backward heaviside leaky_relu leaky_relu_backward maximum minimum softshrink
-            softshrink_backward
+            hardtanh_backward maximum minimum softshrink softshrink_backward
         """,
         COMPLEX: "abs div.Tensor mul.Tensor neg",
         ALPHA: "add.Tensor sub.Tensor",
     }.items()
     for name in names.split()
 }
-"""Why each functional overload is covered. Its out= and in-place overloads are, too."""
+"""Why each functional overload is covered; its out= and in-place overloads are, too."""
 
-LOSSES = "binary_cross_entropy huber_loss mse_loss smooth_l1_loss".split()
-"""Elementwise losses with a reduction: the mean or sum is left to the dispatcher."""
+LOSSES = ("binary_cross_entropy", "huber_loss", "mse_loss", "smooth_l1_loss")
+"""Elementwise losses, and their derivatives: a reduction is left to the dispatcher."""
 
-SIGN_OF_ZERO = "amax amin aminmax max min".split()
-"""Reductions that select an element, and either zero when +0 and -0 tie: here always +0."""
+GATED_UNITS = ("glu", "glu_backward")
+"""Elementwise in the two halves of one argument."""
+
+SELECTIONS = ("amax", "amin", "aminmax", "max", "min")
+"""Reductions that return an element, and either of +0 and -0 where both are extreme: here +0."""
 
 _VML = frozenset(
     """acos asin atan cos erf erfc erfinv exp expm1 i0 lgamma log log10 log1p log2 sin sqrt tan
     tanh""".split()
 )
 
+Function = Callable[..., Any]
+
+
+@functools.cache
+def overrides() -> dict[str, Function]:
+    """The aten overloads that change on CPU, by name; each callable takes the keyset first.
+
+    The kernels of torch are captured by the first call, which comes before any is overridden.
+    """
+    found: dict[str, Function] = {}
+    for name, reason in COVERED.items():
+        if not _has_kernel(name):
+            continue
+        for variant, writes in _variants(name):
+            fn: Function = _function(name) if variant == name else _Into(name, variant, writes)
+            if reason in (ALPHA, COMPLEX):
+                fn = _Arithmetic(fn, variant, writes, _has_alpha if reason == ALPHA else _has_complex)
+            found[variant] = functools.partial(_without_keyset, fn)
+    for name in LOSSES:
+        backward = f"{name}_backward"
+        found |= _with_variants(name, functools.partial(_loss, _function(name), name))
+        found |= _with_variants(
+            backward, functools.partial(_loss_backward, _function(backward), backward)
+        )
+    found |= _with_variants("glu", _glu)
+    found |= _with_variants("glu_backward", _glu_backward)
+    for name in SELECTIONS:
+        for variant, _ in _variants(name):
+            found[variant] = functools.partial(_without_keyset, _PositiveZero(variant))
+    return found
+
+
+def _without_keyset(fn: Function, _keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    return fn(*args, **kwargs)
+
 
 @functools.lru_cache(maxsize=4096)
-def _tails(
-    numel: int, threads: int, parallel_from: int, grain: int
-) -> tuple[Tensor, ...] | None:
+def _tails(numel: int, threads: int, split: tuple[int, int]) -> tuple[Tensor, ...] | None:
     """Positions outside whole vectors, in blocks that are whole vectors themselves; or None.
 
-    `threads` share what has more than `parallel_from` elements, each at least `grain` of them.
+    `split`: what has more elements than the first number is shared by the threads, in chunks of
+    at least the second.
     """
+    parallel_from, grain = split
     workers = min(threads, -(-numel // grain)) if numel > parallel_from else 1
-    chunk = -(-numel // max(workers, 1))
-    tails = []
-    for start in range(0, numel, max(chunk, 1)):
-        stop = min(start + chunk, numel)
-        tails.append(torch.arange(stop - (stop - start) % _WHOLE, stop))
-    positions = torch.cat(tails) if tails else torch.empty(0, dtype=torch.int64)
-    if not len(positions):
+    chunk = max(-(-numel // workers), 1)
+    stops = [min(start + chunk, numel) for start in range(0, numel, chunk)]
+    tails = [
+        torch.arange(stop - (stop - start) % _WHOLE, stop)
+        for start, stop in zip(range(0, numel, chunk), stops, strict=True)
+    ]
+    if not any(map(len, tails)):
         return None
-    padded = positions[-1].repeat(-len(positions) % _WHOLE)
-    return torch.cat([positions, padded]).split(_VML_GRAIN)
+    positions = torch.cat(tails)
+    padding = positions[-1:].expand(-len(positions) % _WHOLE)
+    return torch.cat([positions, padding]).split(_VML_GRAIN)
 
 
-def _split_of(name: str) -> tuple[int, int]:
-    """The smallest tensor that is shared between threads, and the smallest share."""
+def _split(name: str) -> tuple[int, int]:
     if name in _VML:
         return _VML_GRAIN, _VML_GRAIN
     if name.startswith("gelu"):
@@ -119,18 +156,8 @@ def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
 
 
-def _alike(tensors: list[Tensor]) -> bool:
-    """Whether all have one shape and dtype and are contiguous: one flat loop covers them."""
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first.is_contiguous()
-    return all(
-        t.is_contiguous() and t.shape == first.shape and t.dtype == first.dtype for t in tensors
-    )
-
-
 def _replaced(args: tuple[Any, ...], tensors: list[Tensor]) -> list[Any]:
-    """The arguments with other tensors in the places of the tensors."""
+    """The arguments with these tensors in the places of its tensors."""
     given = iter(tensors)
     return [next(given) if isinstance(a, Tensor) else a for a in args]
 
@@ -139,67 +166,365 @@ def _each(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-class _Function:
-    """One functional overload: any layout, any shapes that broadcast, any dtypes torch takes."""
+def _flat(tensors: list[Tensor]) -> bool:
+    """Whether one flat loop runs over all: one shape, one dtype, contiguous."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.is_contiguous()
+    return all(
+        t.is_contiguous() and t.dtype == first.dtype and t.shape == first.shape for t in tensors
+    )
 
-    def __init__(self, name: str, kernel: Callable[..., Any] | None = None) -> None:
-        self.kernel = stock(name) if kernel is None else kernel
-        self.split = _split_of(name)
+
+class _Function:
+    """A functional overload: any layout, any shapes that broadcast, any dtypes that torch takes."""
+
+    def __init__(
+        self, kernel: Function, split: tuple[int, int], operands: tuple[int, ...] = ()
+    ) -> None:
+        self.kernel = kernel
+        self.split = split
+        self.operands = operands
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(self.operands) == 2:
+            args = _without_numbers(self.operands, args)
         tensors = _tensors(args)
-        if not _alike(tensors):
+        if not _flat(tensors):
             return self._rearranged(tensors, args, kwargs)
-        blocks = _tails(tensors[0].numel(), torch.get_num_threads(), *self.split)
+        blocks = self.blocks(tensors[0])
         if blocks is None:
             return self.kernel(*args, **kwargs)
         tails = self.tails(blocks, tensors, args, kwargs)
         result = self.kernel(*args, **kwargs)
-        overwrite(blocks, _each(result), tails)
+        _overwrite(_each(result), blocks, tails)
         return result
+
+    def blocks(self, first: Tensor) -> tuple[Tensor, ...] | None:
+        return _tails(first.numel(), torch.get_num_threads(), self.split)
 
     def tails(
         self, blocks: tuple[Tensor, ...], tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> list[tuple[Tensor, ...]]:
         """The results at the positions of each block, computed inside whole vectors."""
-        flat = [t.view(-1) for t in tensors]
+        rows = [t.view(-1) for t in tensors]
         return [
-            _each(self.kernel(*_replaced(args, [t[block] for t in flat]), **kwargs))
+            _each(
+                self.kernel(*_replaced(args, [r.index_select(0, block) for r in rows]), **kwargs)
+            )
             for block in blocks
         ]
 
     def _rearranged(self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: Any) -> Any:
         first = tensors[0]
         if all(t.shape == first.shape and t.dtype == first.dtype for t in tensors):
-            # In the memory order of the result, which is the one that torch would give it.
+            # In memory order, so that the result has the strides that torch would give it.
             strides = torch.empty_like(first, device="meta").stride()
             order = sorted(range(first.dim()), key=lambda d: -strides[d])
-            dense = [t.permute(order).contiguous() for t in tensors]
             back = [order.index(d) for d in range(first.dim())]
+            dense = [t.permute(order).contiguous() for t in tensors]
             results = [r.permute(back) for r in _each(self(*_replaced(args, dense), **kwargs))]
             return results[0] if len(results) == 1 else tuple(results)
-        # Torch decides shape, strides and dtype, and raises its own errors.
+        # Torch's kernel decides shape, strides and dtype, and raises torch's errors.
         result = self.kernel(*args, **kwargs)
-        shaped = _each(result)[0]
-        if shaped.dtype.is_floating_point or shaped.dtype.is_complex:
-            common = functools.reduce(torch.promote_types, (shaped.dtype, *_part(tensors)))
-            full = [t.to(common).expand(shaped.shape).contiguous() for t in tensors]
-            for r, value in zip(
-                _each(result), _each(self(*_replaced(args, full), **kwargs)), strict=True
-            ):
+        shape, dtype = _each(result)[0].shape, _each(result)[0].dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            full = [t.to(dtype).expand(shape).contiguous() for t in tensors]
+            values = self(*_replaced(args, full), **kwargs)
+            for r, value in zip(_each(result), _each(values), strict=True):
                 r.copy_(value)
         return result
 
 
-def _part(tensors: list[Tensor]) -> Iterator[torch.dtype]:
-    """Dtypes that a result can be a part of: polar and abs go between real and complex."""
-    return (t.dtype.to_real() for t in tensors if not t.dtype.is_complex and t.dim() and False)
+class _Into:
+    """An out= or in-place overload: torch's checks and resizing, the bits of the functional one."""
+
+    def __init__(self, name: str, variant: str, writes: list[str]) -> None:
+        self.function = _function(name)
+        self.kernel = stock(variant)
+        self.writes = writes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        targets = [kwargs[name] for name in self.writes] or [args[0]]
+        if len(self.function.operands) == 2:
+            args = _without_numbers(self.function.operands, args, keep=not self.writes)
+        tensors = _tensors(args)
+        inputs = {k: v for k, v in kwargs.items() if k not in self.writes}
+        if not _flat([*tensors, *targets]):
+            values = self.function(*args, **inputs)
+            result = self.kernel(*args, **kwargs)
+            for target, value in zip(targets, _each(values), strict=True):
+                target.copy_(value)
+            return result
+        blocks = self.function.blocks(tensors[0])
+        if blocks is None:
+            return self.kernel(*args, **kwargs)
+        tails = self.function.tails(blocks, tensors, args, inputs)
+        result = self.kernel(*args, **kwargs)
+        _overwrite(tuple(targets), blocks, tails)
+        return result
 
 
-def overwrite(
-    blocks: tuple[Tensor, ...], results: tuple[Tensor, ...], tails: list[tuple[Tensor, ...]]
+def _overwrite(
+    results: tuple[Tensor, ...], blocks: tuple[Tensor, ...], tails: list[tuple[Tensor, ...]]
 ) -> None:
-    """Writes what was computed inside whole vectors over what a scalar tail left."""
+    """Puts what was computed inside whole vectors where a scalar tail left something else."""
     for block, values in zip(blocks, tails, strict=True):
         for result, value in zip(results, values, strict=True):
-            result.view(-1)[block] = value.to(result.dtype)
+            result.view(-1).index_copy_(0, block, value)
+
+
+def _without_numbers(
+    operands: tuple[int, ...], args: tuple[Any, ...], keep: bool = False
+) -> tuple[Any, ...]:
+    """Two operands in their common dtype, if one is a number, which torch treats as the weaker.
+
+    Torch hands over a number where the schema says Tensor, if the program wrote a number. With
+    `keep`, the tensor is written to and stays what it is.
+    """
+    i, j = operands
+    if isinstance(args[i], Tensor) and isinstance(args[j], Tensor):
+        return args
+    dtype = torch.result_type(args[i], args[j])
+    replaced = list(args)
+    for k in operands:
+        if not isinstance(args[k], Tensor):
+            replaced[k] = torch.scalar_tensor(args[k], dtype=dtype)
+        elif not keep:
+            replaced[k] = args[k].to(dtype)
+    return tuple(replaced)
+
+
+def _has_alpha(operands: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("alpha", 1) != 1
+
+
+def _has_complex(operands: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(t.is_complex() for t in operands)
+
+
+class _Arithmetic:
+    """One correctly rounded operation, straight to torch's kernel; what is not, to `fn`.
+
+    A number among the operands becomes a tensor of no dimensions in double precision. That is
+    what torch computes with, except for its dtype rules: there such a tensor counts for more.
+    """
+
+    def __init__(
+        self,
+        fn: Function,
+        variant: str,
+        writes: list[str],
+        inexact: Callable[[tuple[Any, ...], dict[str, Any]], bool],
+    ) -> None:
+        self.fn = fn
+        self.kernel = stock(variant)
+        self.writes = writes
+        self.in_place = _parts(variant)[0].endswith("_")
+        self.inexact = inexact
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for i, operand in enumerate(args):
+            if not isinstance(operand, Tensor):
+                return self._with_number(i, args, kwargs)
+        if self.inexact(args, kwargs):
+            return self.fn(*args, **kwargs)
+        return self.kernel(*args, **kwargs)
+
+    def _with_number(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operands = list(args)
+        number, tensor = operands[i], operands[1 - i]
+        weaker = tensor.is_floating_point() or tensor.is_complex() or isinstance(number, int)
+        if tensor.dim() and (weaker or self.in_place):
+            operands[i] = torch.scalar_tensor(number, dtype=_WIDEST[type(number)])
+            return self(*operands, **kwargs)
+        if self.in_place:
+            operands[1 - i] = tensor.view(1)
+            self(*operands, **kwargs)
+            return tensor
+        # Converted first, and with a dimension, so that the number no longer matters for dtypes.
+        operands[1 - i] = tensor.to(torch.result_type(tensor, number))
+        if not tensor.dim():
+            operands[1 - i] = operands[1 - i].view(1)
+        if not self.writes:
+            return self(*operands, **kwargs).view(tensor.shape)
+        (name,) = self.writes
+        result = self(*operands, **kwargs | {name: kwargs[name].new_empty(0)})
+        return kwargs[name].resize_(tensor.shape).copy_(result.view(tensor.shape))
+
+
+_WIDEST = {
+    bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128
+}
+
+
+class _PositiveZero:
+    """A reduction that selects, with +0 for either zero: which of a tie it meets first varies."""
+
+    def __init__(self, variant: str) -> None:
+        self.kernel = stock(variant)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.kernel(*args, **kwargs)
+        for extreme in _each(result):
+            if extreme.is_floating_point():
+                stock("add_.Tensor")(extreme, torch.zeros((), dtype=extreme.dtype))
+        return result
+
+
+@functools.cache
+def _function(name: str) -> _Function:
+    base, overload = _parts(name)
+    arguments = getattr(getattr(torch.ops.aten, base), overload)._schema.arguments
+    operands = tuple(i for i, a in enumerate(arguments) if str(a.type) == "Tensor")
+    return _Function(_functional_kernel(name), _split(name), operands)
+
+
+def _functional_kernel(name: str) -> Function:
+    """Torch's kernel of a functional overload, or its out= kernel where that does the work.
+
+    A functional kernel that called its out= overload through the dispatcher would come back here.
+    """
+    if _is_native(name) and name != "mse_loss_backward":
+        return stock(name)
+    (variant, (out,)) = next(v for v in _variants(name) if len(v[1]) == 1)
+    kernel = stock(variant)
+
+    def allocate(*args: Any, **kwargs: Any) -> Any:
+        first = _tensors(args)[0]
+        dtype = first.dtype.to_real() if name == "abs" else first.dtype
+        return kernel(*args, **kwargs, **{out: first.new_empty(0, dtype=dtype)})
+
+    return allocate
+
+
+def _parts(name: str) -> tuple[str, str]:
+    base, _, overload = name.partition(".")
+    return base, overload or "default"
+
+
+def _has_kernel(name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel(f"aten::{name}"))
+
+
+def _is_native(name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"))
+
+
+def _variants(name: str) -> Iterator[tuple[str, list[str]]]:
+    """The native overloads that compute what a functional one does, with the names of their outs.
+
+    An in-place overload writes its first argument and has no outs.
+    """
+    base, overload = _parts(name)
+    own = getattr(getattr(torch.ops.aten, base), overload)._schema
+    wanted = [str(a.type) for a in own.arguments]
+    for packet in (base, f"{base}_"):
+        if not hasattr(torch.ops.aten, packet):
+            continue
+        for found in getattr(torch.ops.aten, packet).overloads():
+            full = packet if found == "default" else f"{packet}.{found}"
+            schema = getattr(getattr(torch.ops.aten, packet), found)._schema
+            outs = [a.name for a in schema.arguments if a.is_out]
+            inputs = [str(a.type) for a in schema.arguments if not a.is_out]
+            functional = packet == base and not outs
+            if inputs == wanted and _is_native(full) and (full == name or not functional):
+                yield full, outs
+
+
+def _with_variants(name: str, fn: Function) -> dict[str, Function]:
+    """Overrides of a functional overload by `fn`, and of its out= overloads by `fn` and a copy."""
+    found: dict[str, Function] = {}
+    for variant, writes in _variants(name):
+        if writes:
+            found[variant] = functools.partial(_copy_into, fn, stock(variant), writes)
+        else:
+            found[variant] = functools.partial(_without_keyset, fn)
+    return found
+
+
+def _copy_into(
+    fn: Function, kernel: Function, writes: list[str], _keyset: Any, *args: Any, **kwargs: Any
+) -> Any:
+    inputs = {k: v for k, v in kwargs.items() if k not in writes}
+    values = fn(*args, **inputs)
+    result = kernel(*args, **kwargs)
+    for name, value in zip(writes, _each(values), strict=True):
+        kwargs[name].copy_(value)
+    return result
+
+
+def _bound(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every argument by name, with the schema's defaults."""
+    base, overload = _parts(name)
+    arguments = getattr(getattr(torch.ops.aten, base), overload)._schema.arguments
+    given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in arguments}
+
+
+_MEAN, _SUM = 1, 2
+
+
+def _loss(function: _Function, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The loss of every element, then torch's own mean or sum, which has its override."""
+    bound = _bound(name, args, kwargs)
+    reduction = bound["reduction"]
+    losses = function(*(bound | {"reduction": 0}).values())
+    if reduction == _MEAN:
+        return losses.mean()
+    return losses.sum() if reduction == _SUM else losses
+
+
+def _loss_backward(function: _Function, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The derivative for a sum; that of a mean is divided by the number of elements."""
+    bound = _bound(name, args, kwargs)
+    if bound["reduction"] != _MEAN:
+        return function(*bound.values())
+    return function(*(bound | {"reduction": _SUM}).values()).div_(bound["self"].numel())
+
+
+def _glu(self: Tensor, dim: int = -1) -> Tensor:
+    """glu on the halves, side by side in one flat tensor."""
+    odd = self.dim() == 0 or self.size(dim) % 2
+    out: Tensor = stock("glu")(self, dim) if odd else _halves(*self.chunk(2, dim))
+    return out
+
+
+def _glu_backward(grad_output: Tensor, self: Tensor, dim: int) -> Tensor:
+    if self.dim() == 0 or self.size(dim) % 2:
+        raised: Tensor = stock("glu_backward")(grad_output, self, dim)
+        return raised
+    return torch.cat(_halves_backward(grad_output, *self.chunk(2, dim)), dim)
+
+
+def _paired(a: Tensor, b: Tensor) -> Tensor:
+    out: Tensor = stock("glu")(torch.cat([a.view(-1), b.view(-1)]), 0)
+    return out.view(a.shape)
+
+
+def _paired_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    pair = torch.cat([a.view(-1), b.view(-1)])
+    into_a, into_b = stock("glu_backward")(grad.view(-1), pair, 0).chunk(2)
+    return into_a.view(a.shape), into_b.view(b.shape)
+
+
+_halves = _Function(_paired, _split("glu"))
+_halves_backward = _Function(_paired_backward, _split("glu_backward"))
+
+
+def _kernel(overload: str) -> Kernel:
+    def fn(*args: Any, **kwargs: Any) -> Any:
+        return _function(overload)(*args, **kwargs)
+
+    return Kernel(
+        fn=fn,
+        guarantee=Guarantee.PARALLEL,
+        dtypes=frozenset((*FLOATS, torch.float64)),
+        order="nothing is added across elements",
+    )
+
+
+KERNELS = {
+    name: _kernel(name)
+    for name in "exp log rsqrt sin cos tanh erf sigmoid silu gelu".split()
+} | {"pow": _kernel("pow.Tensor_Scalar")}

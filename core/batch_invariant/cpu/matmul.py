@@ -149,11 +149,7 @@ def _linear(
     k = input.size(-1)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     n = matrix.size(0)
-    rows = input.reshape(input.numel() // k if k else input[..., :0].numel(), k)
-    if not k:
-        rows = input.reshape(-1, 0) if input.dim() == 2 else input.new_empty(
-            input.shape[:-1].numel(), 0
-        )
+    rows = input.reshape(input.shape[:-1].numel(), k)
     if _exact(input):
         out = stock("mm")(rows, matrix.mT)
         out = out if bias is None else out + bias

@@ -1,4 +1,4 @@
-"""Loads the compiled CPU library that fits this machine, and declares its entry points to ctypes."""
+"""Loads the compiled CPU library that fits this machine and connects it to torch's threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "native"
-_V3, _V4, _NEON = 1, 2, 16  # bits of bi_cpu_features(), see native/cpu_features.h
+_V3, _V4 = 1, 2  # bits of bi_cpu_features(), see native/cpu_features.h
 
 # Codes of native/types.h.
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
@@ -70,14 +70,9 @@ def availability() -> str | None:
     return None if library is not None else reason
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    library.bi_init.argtypes = [ctypes.c_void_p]
-    library.bi_init.restype = None
-
-
 def _gomp_parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch itself uses, so that our threads
-    are torch's threads; None if this torch has another runtime (kernels then run on one thread)."""
+    """The address of GOMP_parallel in the OpenMP runtime that torch itself uses, so that our
+    threads are torch's threads; None if this torch has another runtime: then one thread is used."""
     import torch
 
     name = "libtorch_cpu" + _suffix()
@@ -94,9 +89,9 @@ def library() -> ctypes.CDLL:
     found, reason = _probe()
     if found is None:
         raise RuntimeError(reason)
-    _declare(found)
+    found.bi_init.argtypes, found.bi_init.restype = [ctypes.c_void_p], None
     found.bi_init(_gomp_parallel())
-    # The pool's threads do not survive a fork: a child computes on its own thread, with the same bits.
+    # The pool's threads do not survive a fork: a child computes on its own thread, the same bits.
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: found.bi_init(None))
     return found

@@ -17,6 +17,7 @@ from batch_invariant.ops.norm import (
     check_group_norm,
     check_layer_norm,
     check_rms_norm,
+    stats_dtype,
     stats_shape,
 )
 from batch_invariant.ops.row_order import lane_sum
@@ -115,6 +116,9 @@ def _group_norm(
     check_group_norm(input, num_groups, weight, bias)
     batch, channels = input.shape[:2]
     spatial = math.prod(input.shape[2:])
+    if input.numel() == 0:
+        stats = input.new_zeros(batch, num_groups, dtype=stats_dtype(input.dtype))
+        return torch.empty_like(input), stats, stats.clone()
     x = cast(input, None).contiguous().view(batch * num_groups, channels // num_groups * spatial)
     out, mean, rstd = _normalize_rows(x, weight, bias, eps, spatial, num_groups)
     return out.view(input.shape), mean.view(batch, num_groups), rstd.view(batch, num_groups)

@@ -171,19 +171,17 @@ struct Gemm {
     kernel.pack_rows(a, g.a_row, rows, block_ks(block), block_units(block), out);
   }
 
-  // Adds what `block` gives to one panel of C, from its unit `from` on.
+  // Adds what `block` gives to one panel of C, as [K, N] from its unit `from` on.
   void multiply_panel(const char* a, i64 batch, i64 col, i64 block, i64 from, i64 rows, char* panel, char* c) const {
     i64 units = block_units(block), ks = block_ks(block), k0 = block * KC * kernel.k_per_unit;
     i64 cols = min(g.N - col, kernel.panel_lanes);
-    if (g.b_layout == 1 && rows <= kernel.stream_rows) {
-      i64 streamed = ks / kernel.k_per_unit / STREAM_UNITS * STREAM_UNITS;
-      if (streamed > 0) kernel.stream(a, b_at(batch, col, k0), g.b_row, cols, streamed, rows, c, block == 0);
-      from = streamed;
+    if (g.b_layout == 1) {
+      multiply_nk(kernel, a, b_at(batch, col, k0), g.b_row, cols, ks, units, rows, panel, c, block == 0);
+    } else if (from < units) {
+      i64 skipped = from * kernel.k_per_unit;
+      kernel.pack_panel[0](b_at(batch, col, k0 + skipped), g.b_row, cols, ks - skipped, units - from, panel);
+      kernel.multiply(a + from * kernel.unit_bytes, panel, units - from, rows, c, block == 0 && from == 0);
     }
-    if (from == units) return;
-    i64 skipped = from * kernel.k_per_unit;
-    kernel.pack_panel[g.b_layout](b_at(batch, col, k0 + skipped), g.b_row, cols, ks - skipped, units - from, panel);
-    kernel.multiply(a + from * kernel.unit_bytes, panel, units - from, rows, c, block == 0 && from == 0);
   }
 
   // `packed_a`, if not null, holds all k blocks of all rows.

@@ -31,6 +31,20 @@ struct GemmKernel {
   void (*end)();
 };
 
+// C[rows][panel_lanes] (+)= one k block of packed A times `cols` columns of B as [N, K], which hold `ks` numbers
+// each; reads B in place or packs it into `panel`, whichever is faster.
+inline void multiply_nk(const GemmKernel& kernel, const void* a, const void* b, i64 row_stride, i64 cols, i64 ks,
+                        i64 units, i64 rows, void* panel, void* c, bool first) {
+  i64 streamed = rows <= kernel.stream_rows ? ks / kernel.k_per_unit / STREAM_UNITS * STREAM_UNITS : 0;
+  if (streamed > 0) kernel.stream(a, b, row_stride, cols, streamed, rows, c, first);
+  if (streamed == units) return;
+  i64 skipped = streamed * kernel.k_per_unit;
+  kernel.pack_panel[1](static_cast<const char*>(b) + skipped * kernel.element_bytes, row_stride, cols, ks - skipped,
+                       units - streamed, panel);
+  kernel.multiply(static_cast<const char*>(a) + streamed * kernel.unit_bytes, panel, units - streamed, rows, c,
+                  first && streamed == 0);
+}
+
 // One serial FMA chain over ascending k, from +0, in fp32 (fp64 for fp64): the portable order.
 const GemmKernel* fma_kernel(DType dtype);
 

@@ -63,34 +63,28 @@ BI_INLINE void for_vectors(i64 n, Body body) {
   if (i < n) body(i, n - i);
 }
 
-// Reads elements i.. of a row: 16, or fewer at its end, where the identity fills up.
+// Terms are functors: `at(i, count)` gives terms i.. of a row as fp32, `count` of them (16, or fewer at the end
+// of the row). It is called once for each 16 terms, in any order, and may have effects on its own elements.
 template <class Op, class At>
-BI_INLINE f32x16 terms(At& at, i64 i, i64 end) {
-  i64 left = end - i;
-  return left >= 16 ? at(i, i64{16}) : first_lanes(at(i, left), left, Op::identity);
-}
-
-// The total of lanes i..i+16 of the segment that ends at `end`.
-template <class Op, class At>
-BI_INLINE f32x16 lane_chain(At& at, i64 i, i64 end) {
-  if (i + LANES >= end) return terms<Op>(at, i, end);
-  f32x16 total = at(i, i64{16});
-  for (i += LANES; i + 16 <= end; i += LANES) total = Op::combine(total, at(i, i64{16}));
-  return i < end ? Op::combine(total, terms<Op>(at, i, end)) : total;
+BI_INLINE f32x16 last_terms(const At& at, i64 whole, i64 end) {
+  return first_lanes(at(whole, end - whole), end - whole, Op::identity);
 }
 
 // Writes the lanes of elements begin..end, which lie in one segment, in whole vectors: as many as hold
 // elements. Reads the row from front to back, which memory likes best.
 template <class Op, class At>
-BI_INLINE void segment_lanes(i64 begin, i64 end, float* lanes, At& at) {
-  i64 first = min(end, begin + LANES);
-  for (i64 i = begin; i < first; i += 16) store(lanes + (i - begin), terms<Op>(at, i, end));
-  for (i64 chunk = begin + LANES; chunk < end; chunk += LANES) {
-    i64 stop = min(end, chunk + LANES);
-    for (i64 i = chunk; i < stop; i += 16) {
-      float* lane = lanes + (i - chunk);
-      store(lane, Op::combine(load<f32x16>(lane), terms<Op>(at, i, end)));
-    }
+__attribute__((noinline)) void segment_lanes(i64 begin, i64 end, float* lanes, At at) {
+  i64 whole = begin + (end - begin) / 16 * 16;
+  i64 first = min(whole, begin + LANES);
+  for (i64 i = begin; i < first; i += 16) store(lanes + (i - begin), at(i, i64{16}));
+  for (i64 i = first; i < whole; i += 16) {
+    float* lane = lanes + (i - begin) % LANES;
+    store(lane, Op::combine(load<f32x16>(lane), at(i, i64{16})));
+  }
+  if (whole < end) {
+    f32x16 tail = last_terms<Op>(at, whole, end);
+    float* lane = lanes + (whole - begin) % LANES;
+    store(lane, whole - begin < LANES ? tail : Op::combine(load<f32x16>(lane), tail));
   }
 }
 
@@ -146,10 +140,9 @@ BI_INLINE float fold_all_lanes(float* lanes) {
   return fold_lanes<Op>(lanes, LANES / 2);
 }
 
-// The whole order over one row, on one thread. `at(i, count)` gives elements i.. of the row as fp32, in
-// vectors of 16; it is called once for each vector, and may have effects.
+// The whole order over one row, on one thread.
 template <class Op, class At>
-BI_INLINE float reduce_row(i64 n, At at) {
+__attribute__((noinline)) float reduce_row(i64 n, At at) {
   if (n <= 0) return Op::identity;
   alignas(64) float lanes[LANES];
   if (n > SEGMENT) {
@@ -162,24 +155,30 @@ BI_INLINE float reduce_row(i64 n, At at) {
     }
     return fold_all_lanes<Op>(lanes);
   }
-  // One segment: each lane's total is kept in a register and folded once before it is written.
-  i64 width = min(n, LANES);
-  i64 half = width <= 16 ? 16 : i64{1} << (63 - __builtin_clzll(static_cast<u64>(width - 1)));
+  // One segment: each lane's total stays in registers, and is folded once before it is written.
+  i64 whole = n / 16 * 16;
+  f32x16 tail = whole < n ? last_terms<Op>(at, whole, n) : f32x16{};
+  if (n <= 16) return fold_vector<Op>(whole < n ? tail : at(i64{0}, i64{16}));
   i64 i = 0;
   if (n <= LANES) {
-    for (; i + half + 16 <= n; i += 16) store(lanes + i, Op::combine(at(i, i64{16}), at(i + half, i64{16})));
-    if (i + half < n) {
-      store(lanes + i, Op::combine(at(i, i64{16}), terms<Op>(at, i + half, n)));
-      i += 16;
-    }
-    for (; i + 16 <= min(half, n); i += 16) store(lanes + i, at(i, i64{16}));
-    if (i < min(half, n)) store(lanes + i, terms<Op>(at, i, n));
-  } else {
-    for (; i < half; i += 16) {
-      store(lanes + i, Op::combine(lane_chain<Op>(at, i, n), lane_chain<Op>(at, i + half, n)));
-    }
+    i64 half = i64{1} << (63 - __builtin_clzll(static_cast<u64>(n - 1)));
+    for (; i + half < whole; i += 16) store(lanes + i, Op::combine(at(i, i64{16}), at(i + half, i64{16})));
+    for (; i < half; i += 16) store(lanes + i, at(i, i64{16}));
+    if (whole < n) store(lanes + whole - half, Op::combine(load<f32x16>(lanes + whole - half), tail));
+    return fold_lanes<Op>(lanes, half);
   }
-  return fold_lanes<Op>(lanes, half);
+  i64 tail_lane = whole < n ? whole % LANES : -1;
+  for (; i < LANES / 2; i += 16) {
+    f32x16 first = at(i, i64{16});
+    for (i64 k = i + LANES; k < whole; k += LANES) first = Op::combine(first, at(k, i64{16}));
+    if (i == tail_lane) first = Op::combine(first, tail);
+    i64 j = i + LANES / 2;
+    f32x16 second = at(j, i64{16});
+    for (i64 k = j + LANES; k < whole; k += LANES) second = Op::combine(second, at(k, i64{16}));
+    if (j == tail_lane) second = Op::combine(second, tail);
+    store(lanes + i, Op::combine(first, second));
+  }
+  return fold_lanes<Op>(lanes, LANES / 2);
 }
 
 // Below this many elements, waking a second thread costs more than it saves.

@@ -3,7 +3,7 @@
 #pragma once
 #include "simd.h"
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -35,6 +35,33 @@ __attribute__((noinline)) void copy_few(T* to, const T* from, i64 count) {
   if (count & 2) __builtin_memcpy(to + done, from + done, 2 * sizeof(T)), done += 2;
   if (count & 1) to[done] = from[done];
 }
+#if defined(__AVX2__)
+struct LaneMasks {
+  __m256i low, high;
+};
+BI_INLINE LaneMasks lane_masks(i64 count) {
+  __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  __m256i limit = _mm256_set1_epi32(static_cast<i32>(count));
+  return {_mm256_cmpgt_epi32(limit, index), _mm256_cmpgt_epi32(_mm256_sub_epi32(limit, _mm256_set1_epi32(8)), index)};
+}
+BI_INLINE f32x16 load_few(const float* p, i64 count) {
+  struct {
+    __m256 low, high;
+  } v;
+  LaneMasks masks = lane_masks(count);
+  v.low = _mm256_maskload_ps(p, masks.low);
+  v.high = _mm256_maskload_ps(p + 8, masks.high);
+  return bit_cast<f32x16>(v);
+}
+BI_INLINE void store_few(float* p, f32x16 x, i64 count) {
+  struct Halves {
+    __m256 low, high;
+  } v = bit_cast<Halves>(x);
+  LaneMasks masks = lane_masks(count);
+  _mm256_maskstore_ps(p, masks.low, v.low);
+  _mm256_maskstore_ps(p + 8, masks.high, v.high);
+}
+#endif
 template <class T>
 BI_INLINE f32x16 load_few(const T* p, i64 count) {
   T buffer[16] = {};

@@ -2,11 +2,10 @@
 #include "lanes.h"
 #include "math.h"
 #include "rows.h"
+#include "terms.h"
 
 namespace bi {
 namespace {
-
-BI_INLINE f32x16 magnitude(f32x16 x) { return bit_cast<f32x16>(bit_cast<u32x16>(x) & 0x7fffffffu); }
 
 // One long row on several threads: segments in parallel, then added up in ascending order.
 template <class Op, class At>
@@ -33,35 +32,31 @@ Status reduce_long_row(int threads, i64 n, At at, float* result) {
   return OK;
 }
 
+bool few_long_rows(int threads, i64 rows, i64 n) { return threads > 1 && rows < threads && n >= 2 * WORTH_A_THREAD; }
+
 // Reduces each row by Op, in parallel over rows, or over segments when rows are few and long.
-// `at(x, i, count)` gives the terms i.. of the row at x, `finish(row, total)` takes the result.
-template <class Op, class T, class At, class Finish>
-Status reduce_rows(int threads, i64 rows, i64 n, const T* x, i64 stride, At at, Finish finish) {
-  if (threads > 1 && rows < threads && n >= 2 * WORTH_A_THREAD) {
+// `finish(row, total)` takes the result.
+template <class Op, class At, class T, class Finish>
+Status reduce_rows(int threads, i64 rows, i64 n, const T* x, i64 stride, Finish finish) {
+  if (few_long_rows(threads, rows, n)) {
     for (i64 row = 0; row < rows; ++row) {
-      const T* from = x + row * stride;
       float total;
-      auto terms = [&](i64 i, i64 count) __attribute__((always_inline)) { return at(from, i, count); };
-      Status status = reduce_long_row<Op>(threads, n, terms, &total);
+      Status status = reduce_long_row<Op>(threads, n, At{x + row * stride}, &total);
       if (status != OK) return status;
       finish(row, total);
     }
     return OK;
   }
-  return for_rows(threads, rows, n, [&](i64 row) {
-    const T* from = x + row * stride;
-    finish(row, reduce_row<Op>(n, [&](i64 i, i64 count) __attribute__((always_inline)) {
-             return at(from, i, count);
-           }));
-  });
+  return for_rows(threads, rows, n, [=](i64 row) { finish(row, reduce_row<Op>(n, At{x + row * stride})); });
 }
 
 template <bool LARGEST_OF, class T>
 float extreme_magnitude(const T* x, i64 n) {
-  f32x16 best = splat(LARGEST_OF ? 0.0f : INFINITY_F32);
+  constexpr float NONE = LARGEST_OF ? 0.0f : INFINITY_F32;
+  f32x16 best = splat(NONE);
   i32x16 nan = {};
   for_vectors(n, [&](i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 v = first_lanes(magnitude(load_part(x + i, count)), count, LARGEST_OF ? 0.0f : INFINITY_F32);
+    f32x16 v = first_lanes(magnitude(load_part(x + i, count)), count, NONE);
     best = (LARGEST_OF ? v > best : v < best) ? v : best;
     nan |= v != v;
   });
@@ -73,78 +68,50 @@ float extreme_magnitude(const T* x, i64 n) {
   return result;
 }
 
-template <class T, class Out>
-Status reduce(i32 op, i64 rows, i64 n, const T* x, i64 stride, Out* out, int threads) {
-  auto value = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) { return load_part(p + i, count); };
-  auto size = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) {
-    return magnitude(load_part(p + i, count));
-  };
-  auto square = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 v = load_part(p + i, count);
-    return v * v;
-  };
-  auto not_zero = [](const T* p, i64 i, i64 count) __attribute__((always_inline)) {
-    return load_part(p + i, count) != 0.0f ? splat(1.0f) : splat(0.0f);
-  };
-  auto keep = [=](i64 row, float total) { store_result(out + row, total); };
+// `keep(row, value)` rounds and stores.
+template <class T, class Keep>
+Status reduce(i32 op, i64 rows, i64 n, const T* x, i64 stride, int threads, Keep keep) {
+  float size = static_cast<float>(n);
   switch (op) {
-    case REDUCE_SUM: return reduce_rows<Sum>(threads, rows, n, x, stride, value, keep);
+    case REDUCE_SUM: return reduce_rows<Sum, Values<T>>(threads, rows, n, x, stride, keep);
     case REDUCE_MEAN:
-      return reduce_rows<Sum>(threads, rows, n, x, stride, value,
-                              [=](i64 row, float total) { store_result(out + row, total / static_cast<float>(n)); });
-    case REDUCE_PROD: return reduce_rows<Product>(threads, rows, n, x, stride, value, keep);
-    case REDUCE_NORM0: return reduce_rows<Sum>(threads, rows, n, x, stride, not_zero, keep);
-    case REDUCE_NORM1: return reduce_rows<Sum>(threads, rows, n, x, stride, size, keep);
+      return reduce_rows<Sum, Values<T>>(threads, rows, n, x, stride,
+                                         [=](i64 row, float total) { keep(row, total / size); });
+    case REDUCE_PROD: return reduce_rows<Product, Values<T>>(threads, rows, n, x, stride, keep);
+    case REDUCE_NORM0: return reduce_rows<Sum, NonZeros<T>>(threads, rows, n, x, stride, keep);
+    case REDUCE_NORM1: return reduce_rows<Sum, Magnitudes<T>>(threads, rows, n, x, stride, keep);
     case REDUCE_NORM2:
-      return reduce_rows<Sum>(threads, rows, n, x, stride, square,
-                              [=](i64 row, float total) { store_result(out + row, __builtin_sqrtf(total)); });
+      return reduce_rows<Sum, Squares<T>>(threads, rows, n, x, stride,
+                                          [=](i64 row, float total) { keep(row, __builtin_sqrtf(total)); });
     case REDUCE_NORM_INF:
-      return for_rows(threads, rows, n, [=](i64 row) { store_result(out + row, extreme_magnitude<true>(x + row * stride, n)); });
+      return for_rows(threads, rows, n, [=](i64 row) { keep(row, extreme_magnitude<true>(x + row * stride, n)); });
     case REDUCE_NORM_NEG_INF:
-      return for_rows(threads, rows, n, [=](i64 row) { store_result(out + row, extreme_magnitude<false>(x + row * stride, n)); });
+      return for_rows(threads, rows, n, [=](i64 row) { keep(row, extreme_magnitude<false>(x + row * stride, n)); });
   }
   return BAD_ARGUMENT;
 }
 
-template <class T, class Out>
-Status variance(bool take_sqrt, i64 rows, i64 n, const T* x, i64 stride, double correction, Out* out, Out* mean_out,
-                int threads) {
+// `keep(row, mean, lane sum of the squared differences)` does the rest.
+template <class T, class Keep>
+Status variance(i64 rows, i64 n, const T* x, i64 stride, int threads, Keep keep) {
   float size = static_cast<float>(n);
-  float divisor = static_cast<float>(static_cast<double>(n) - correction);
-  if (!(divisor > 0.0f)) divisor = 0.0f;
-  auto finish = [=](i64 row, float mean, float squares) {
-    float v = squares / divisor;
-    store_result(out + row, take_sqrt ? __builtin_sqrtf(v) : v);
-    if (mean_out != nullptr) store_result(mean_out + row, mean);
-  };
-  if (threads > 1 && rows < threads && n >= 2 * WORTH_A_THREAD) {
+  if (few_long_rows(threads, rows, n)) {
     for (i64 row = 0; row < rows; ++row) {
       const T* from = x + row * stride;
       float total, squares;
-      Status status = reduce_long_row<Sum>(
-          threads, n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(from + i, count); }, &total);
+      Status status = reduce_long_row<Sum>(threads, n, Values<T>{from}, &total);
       if (status != OK) return status;
       float mean = total / size;
-      status = reduce_long_row<Sum>(
-          threads, n,
-          [=](i64 i, i64 count) __attribute__((always_inline)) {
-            f32x16 d = load_part(from + i, count) - mean;
-            return d * d;
-          },
-          &squares);
+      status = reduce_long_row<Sum>(threads, n, SquaredDifferences<T>{from, mean}, &squares);
       if (status != OK) return status;
-      finish(row, mean, squares);
+      keep(row, mean, squares);
     }
     return OK;
   }
   return for_rows(threads, rows, n, [=](i64 row) {
     const T* from = x + row * stride;
-    float mean = reduce_row<Sum>(
-        n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(from + i, count); }) / size;
-    finish(row, mean, reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-             f32x16 d = load_part(from + i, count) - mean;
-             return d * d;
-           }));
+    float mean = reduce_row<Sum>(n, Values<T>{from}) / size;
+    keep(row, mean, reduce_row<Sum>(n, SquaredDifferences<T>{from, mean}));
   });
 }
 
@@ -159,17 +126,26 @@ BI_EXPORT i32 bi_row_reduce(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, c
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
     using Out = decltype(result);
-    return reduce(op, rows, n, static_cast<const T*>(x), x_stride, static_cast<Out*>(out), threads);
+    Out* to = static_cast<Out*>(out);
+    return reduce(op, rows, n, static_cast<const T*>(x), x_stride, threads,
+                  [=](i64 row, float value) { store_result(to + row, value); });
   });
 }
 
 BI_EXPORT i32 bi_row_var(i32 take_sqrt, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride,
                          double correction, void* out, void* mean_out, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
+  float divisor = static_cast<float>(static_cast<double>(n) - correction);
+  if (!(divisor > 0.0f)) divisor = 0.0f;
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
     using Out = decltype(result);
-    return variance(take_sqrt != 0, rows, n, static_cast<const T*>(x), x_stride, correction, static_cast<Out*>(out),
-                    static_cast<Out*>(mean_out), threads);
+    Out* to = static_cast<Out*>(out);
+    Out* mean_to = static_cast<Out*>(mean_out);
+    return variance(rows, n, static_cast<const T*>(x), x_stride, threads, [=](i64 row, float mean, float squares) {
+      float v = squares / divisor;
+      store_result(to + row, take_sqrt != 0 ? __builtin_sqrtf(v) : v);
+      if (mean_to != nullptr) store_result(mean_to + row, mean);
+    });
   });
 }

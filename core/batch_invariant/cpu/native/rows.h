@@ -29,6 +29,11 @@ enum SoftmaxOp : i32 {
   LOG_SOFTMAX = 1,  // (x - max) - log(lane sum of exp(x - max))
 };
 
+enum MapOp : i32 {
+  MAP_EXP = 0,
+  MAP_LOG = 1,
+};
+
 enum SelectOp : i32 {
   LARGEST = 0,   // descending, NaN above all numbers, +0 equals -0, equals in ascending order of index
   SMALLEST = 1,  // ascending, NaN above all numbers (so last), equals in ascending order of index
@@ -103,3 +108,6 @@ BI_EXPORT bi::i32 bi_row_topk(bi::i32 op, bi::i32 dtype, bi::i64 rows, bi::i64 n
 // SMALLEST too, as torch's argmin has it. n >= 1.
 BI_EXPORT bi::i32 bi_row_argmax(bi::i32 op, bi::i32 dtype, bi::i64 rows, bi::i64 n, const void* x,
                                 bi::i64 x_stride, bi::i64* indices, bi::i32 threads);
+
+// out[i] = a function of math.h of x[i], for n fp32 values.
+BI_EXPORT bi::i32 bi_map(bi::i32 op, bi::i64 n, const float* x, float* out, bi::i32 threads);

@@ -2,6 +2,7 @@
 #include "lanes.h"
 #include "math.h"
 #include "rows.h"
+#include "terms.h"
 
 namespace bi {
 namespace {
@@ -9,7 +10,7 @@ namespace {
 // The largest number in a row, NaN left out: a NaN element makes its own exponential, and so the sum, NaN.
 // Which zero wins where both are the largest does not matter to x - max + (something of at least log 2).
 template <class T>
-BI_INLINE float row_max(const T* x, i64 n) {
+__attribute__((noinline)) float row_max(const T* x, i64 n) {
   f32x16 best[4];
   for (auto& b : best) b = splat(-INFINITY_F32);
   auto larger = [](f32x16 v, f32x16 b) __attribute__((always_inline)) { return v > b ? v : b; };
@@ -25,21 +26,10 @@ BI_INLINE float row_max(const T* x, i64 n) {
   return result;
 }
 
-template <class T>
-BI_INLINE float sum_of_exp(const T* x, i64 n, float max) {
-  return reduce_row<Sum>(
-      n, [=](i64 i, i64 count) __attribute__((always_inline)) { return exp(load_part(x + i, count) - max); });
-}
-
 // `exponentials` holds n floats; it may be `out` itself.
 template <class T, class Out>
 void softmax_row(const T* x, i64 n, Out* out, float* exponentials) {
-  float max = row_max(x, n);
-  float sum = reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-    f32x16 e = exp(load_part(x + i, count) - max);
-    store_part(exponentials + i, e, count);
-    return e;
-  });
+  float sum = reduce_row<Sum>(n, Exponentials<T, true>{x, row_max(x, n), exponentials});
   for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
     store_result(out + i, load_part(exponentials + i, count) / sum, count);
   });
@@ -48,7 +38,7 @@ void softmax_row(const T* x, i64 n, Out* out, float* exponentials) {
 template <class T, class Out>
 void log_softmax_row(const T* x, i64 n, Out* out) {
   float max = row_max(x, n);
-  float log_sum = log(sum_of_exp(x, n, max));
+  float log_sum = log(reduce_row<Sum>(n, Exponentials<T, false>{x, max}));
   for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
     store_result(out + i, (load_part(x + i, count) - max) - log_sum, count);
   });
@@ -80,7 +70,7 @@ template <class T>
 float log_sum_exp(const T* x, i64 n) {
   float max = row_max(x, n);
   if (__builtin_fabsf(max) == INFINITY_F32) max = 0.0f;
-  return max + log(sum_of_exp(x, n, max));
+  return max + log(reduce_row<Sum>(n, Exponentials<T, false>{x, max}));
 }
 
 template <class T, class Out>
@@ -92,15 +82,12 @@ Status softmax_backward(i32 op, i64 rows, i64 n, const T* g, i64 g_stride, const
     const T* yr = y + row * y_stride;
     Out* to = out + row * out_stride;
     if (op == SOFTMAX) {
-      float sum = reduce_row<Sum>(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-        return load_part(gr + i, count) * load_part(yr + i, count);
-      });
+      float sum = reduce_row<Sum>(n, Products<T>{gr, yr});
       for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
         store_result(to + i, (load_part(gr + i, count) - sum) * load_part(yr + i, count), count);
       });
     } else {
-      float sum = reduce_row<Sum>(
-          n, [=](i64 i, i64 count) __attribute__((always_inline)) { return load_part(gr + i, count); });
+      float sum = reduce_row<Sum>(n, Values<T>{gr});
       for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
         store_result(to + i, load_part(gr + i, count) - exp(load_part(yr + i, count)) * sum, count);
       });

@@ -1,0 +1,361 @@
+// softmax(Q K^T * scale + mask) V, one query row at a time as far as the bits are concerned.
+//
+// Of every query row, in fp32 (operands widened exactly):
+//   score[j] = chain * scale, chain = the serial FMA chain over the head dimension from +0 (gemm.h); an additive
+//     mask is added, rounded again; the score is -inf where the mask is false or -inf or causality forbids j;
+//   top = the largest score, exactly; p[j] = exp(score[j] - top) (math.h);
+//   total = the serial sum of p over ascending j from +0; acc[d] = the serial FMA chain of p[j] V[j, d] over
+//     ascending j from +0;
+//   out[d] = acc[d] / total + 0, rounded once; lse = log(total) + top.
+// A key whose score is -inf takes no part, whatever K and V hold there. A row without any other key gives zeros
+// and an lse of -inf. Every NaN is written as the one quiet NaN.
+//
+// So a row's bits depend on its own query and on the keys that take part in their order: not on the batch, the
+// head, the number of queries, padding on either side, strides or threads.
+#include "gemm.h"
+#include "math.h"
+#include "parallel.h"
+
+namespace bi {
+namespace {
+
+// What Python passes. Strides are in elements; the last dimension of Q, K, V and out has unit stride.
+struct AttentionArgs {
+  i64 dtype;  // F32, BF16 or F16: of Q, K, V and out
+  i64 batch, q_heads, kv_heads, queries, keys, size, v_size;
+  const char* q;
+  i64 q_batch, q_head, q_row;
+  const char* k;
+  i64 k_batch, k_head, k_row;
+  const char* v;
+  i64 v_batch, v_head, v_row;
+  i64 mask_kind;   // a MaskKind
+  i64 mask_dtype;  // of an additive mask
+  const char* mask;
+  i64 mask_batch, mask_head, mask_row, mask_col;  // zero where the mask is broadcast
+  char* out;
+  i64 out_batch, out_head, out_row;
+  float* lse;  // null for none
+  i64 lse_batch, lse_head, lse_row;
+  i64 causal;  // key j takes part in query i only if j <= i
+  i64 threads;
+  double scale;
+};
+
+enum MaskKind : i64 { NO_MASK = 0, BOOL_MASK = 1, ADDITIVE_MASK = 2 };
+
+constexpr float INF = __builtin_inff();
+// exp() never gives it, it adds nothing to any chain, and it tells a key that takes no part from one whose
+// weight is too small for fp32.
+constexpr float ABSENT = -0.0f;
+constexpr u32 ABSENT_BITS = 0x80000000u;
+
+constexpr i64 WEIGHT_BYTES = 768 << 10;  // of the weights of a task: most of a 1 MiB L2 cache
+constexpr i64 MIN_ROWS = 12, MAX_ROWS = 96;
+constexpr i64 MIN_TASK_WORK = 1 << 18;  // multiply-adds that are worth handing to another thread
+
+constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+i64 bytes_of(i64 dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
+
+BI_INLINE i32x16 load_bools(const u8* p, i64 stride, i64 n) {
+  typedef u8 u8x16 __attribute__((vector_size(16)));
+  if (stride == 1 && n == 16) return __builtin_convertvector(load<u8x16>(p), i32x16);
+  u8 buffer[16] = {};
+  for (i64 l = 0; l < n; l++) buffer[l] = p[l * stride];
+  return __builtin_convertvector(load<u8x16>(buffer), i32x16);
+}
+
+template <class T>
+BI_INLINE f32x16 load_strided(const T* p, i64 stride, i64 n) {
+  if (stride == 1) return load_f32(p, n);
+  T buffer[16] = {};
+  for (i64 l = 0; l < n; l++) buffer[l] = p[l * stride];
+  return load_f32(buffer);
+}
+
+struct Attention {
+  const AttentionArgs& g;
+  const GemmKernel& kernel;
+  i64 group;                      // query heads of one key head
+  i64 task_heads, head_chunks;    // query heads of a task, and how many tasks make up a group
+  i64 task_queries, query_chunks;
+
+  // The rows of a task: `heads` query heads times `queries` queries, head by head.
+  struct Rows {
+    i64 batch, kv_head, head0, heads, query0, queries, keys;
+    i64 count() const { return heads * queries; }
+    i64 head(i64 row) const { return head0 + row / queries; }
+    i64 query(i64 row) const { return query0 + row % queries; }
+  };
+
+  Rows rows_of(i64 task) const {
+    i64 chunk = query_chunks - 1 - task % query_chunks;  // causal: the longest ones first
+    i64 head_chunk = task / query_chunks % head_chunks;
+    i64 kv = task / (query_chunks * head_chunks);
+    Rows r{};
+    r.batch = kv / g.kv_heads;
+    r.kv_head = kv % g.kv_heads;
+    r.head0 = r.kv_head * group + head_chunk * task_heads;
+    r.heads = min(task_heads, (r.kv_head + 1) * group - r.head0);
+    r.query0 = chunk * task_queries;
+    r.queries = min(task_queries, g.queries - r.query0);
+    r.keys = g.causal ? min(g.keys, r.query0 + r.queries) : g.keys;
+    return r;
+  }
+
+  // What a row needs to know about its keys: the last one it may see, and where its mask begins.
+  struct Sight {
+    i64 last;
+    const char* mask;
+  };
+  Sight sight(const Rows& r, i64 row) const {
+    i64 at = r.batch * g.mask_batch + r.head(row) * g.mask_head + r.query(row) * g.mask_row;
+    i64 bytes = g.mask_kind == BOOL_MASK ? 1 : bytes_of(g.mask_dtype);
+    return {g.causal ? min(r.query(row), r.keys - 1) : r.keys - 1, g.mask + at * bytes};
+  }
+
+  // The 16 scores of a row that begin at key `col`, -inf where a key takes no part.
+  f32x16 masked(f32x16 score, const Sight& sight, i64 keys, i64 col) const {
+    i64 n = max(min(keys - col, 16), 0);
+    if (g.mask_kind == BOOL_MASK) {
+      score = load_bools(reinterpret_cast<const u8*>(sight.mask) + col * g.mask_col, g.mask_col, n) != 0
+                  ? score
+                  : splat(-INF);
+    } else if (g.mask_kind == ADDITIVE_MASK) {
+      const char* from = sight.mask + col * g.mask_col * bytes_of(g.mask_dtype);
+      f32x16 added;
+      switch (g.mask_dtype) {
+        case BF16: added = load_strided(reinterpret_cast<const bf16*>(from), g.mask_col, n); break;
+        case F16: added = load_strided(reinterpret_cast<const f16*>(from), g.mask_col, n); break;
+        default: added = load_strided(reinterpret_cast<const float*>(from), g.mask_col, n);
+      }
+      score = added == -INF ? splat(-INF) : score + added;
+    }
+    i64 left = sight.last - col;
+    return left >= 15 ? score : LANE > static_cast<i32>(max(left, -1)) ? splat(-INF) : score;
+  }
+
+  i64 head_blocks() const { return ceil_div(g.size, KC); }
+
+  // Scores as [key blocks][rows][LDA], and the largest of each row as 16 lanes.
+  void scores(const Rows& r, const Sight* sights, const float* q, float* panel, float* c, float* out,
+              f32x16* top) const {
+    i64 nr = kernel.panel_lanes, rows = r.count();
+    const char* k = g.k + (r.batch * g.k_batch + r.kv_head * g.k_head) * kernel.element_bytes;
+    f32x16 scale = splat(static_cast<float>(g.scale));
+    for (i64 i = 0; i < rows; i++) top[i] = splat(-INF);
+    for (i64 key = 0; key < r.keys; key += nr) {
+      i64 cols = min(r.keys - key, nr);
+      for (i64 d = 0; d < head_blocks(); d++) {
+        i64 units = min(g.size - d * KC, KC);
+        const char* from = k + (key * g.k_row + d * KC) * kernel.element_bytes;
+        multiply_nk(kernel, q + d * rows * LDA, from, g.k_row, cols, units, units, rows, panel, c, d == 0);
+      }
+      float* block = out + key / KC * rows * LDA + key % KC;
+      for (i64 i = 0; i < rows; i++) {
+        for (i64 l = 0; l < nr; l += 16) {
+          f32x16 s = masked(load<f32x16>(c + i * nr + l) * scale, sights[i], r.keys, key + l);
+          i32x16 keep = (s <= top[i]) | (top[i] != top[i]);  // a NaN gets in and never out
+          top[i] = keep ? top[i] : s;
+          store(block + i * LDA + l, s);
+        }
+      }
+    }
+  }
+
+  static float largest(f32x16 lanes) {
+    float top = lanes[0];
+    for (int l = 1; l < 16; l++) top = lanes[l] <= top || top != top ? top : lanes[l];
+    return top;
+  }
+
+  // Scores become weights, in place; `top[i]` the largest score of row i.
+  void weights(const Rows& r, float* p, const float* top) const {
+    i64 rows = r.count();
+    for (i64 key = 0; key < r.keys; key += KC) {
+      i64 units = round_up(min(r.keys - key, KC), 16);
+      for (i64 i = 0; i < rows; i++) {
+        float* row = p + (key / KC * rows + i) * LDA;
+        f32x16 shift = splat(top[i]);
+        for (i64 u = 0; u < units; u += 16) {
+          f32x16 s = load<f32x16>(row + u);
+          store(row + u, s == -INF ? splat(ABSENT) : exp(s - shift));
+        }
+      }
+    }
+  }
+
+  // The serial sums of the weights, 16 rows side by side.
+  void totals(const Rows& r, const float* p, float* total) const {
+    i64 rows = r.count();
+    for (i64 i = 0; i < rows; i += 16) {
+      f32x16 sum = {};
+      for (i64 key = 0; key < r.keys; key += KC) {
+        const float* from[16];
+        for (i64 l = 0; l < 16; l++) from[l] = p + (key / KC * rows + min(i + l, rows - 1)) * LDA;
+        i64 units = min(r.keys - key, KC);
+        for (i64 u = 0; u < units; u += 8) {  // those past the last key are ABSENT
+          f32x16 block[8];
+          transpose<ToF32<float>>(from, u, block);
+          for (int j = 0; j < 8; j++) sum += block[j];
+        }
+      }
+      store(total + i, sum);
+    }
+  }
+
+  // acc[panels][rows][lanes] = weights times values.
+  void values(const Rows& r, const float* p, float* panel, float* acc) const {
+    i64 nr = kernel.panel_lanes, rows = r.count(), c_panel = rows * nr;
+    const char* v = g.v + (r.batch * g.v_batch + r.kv_head * g.v_head) * kernel.element_bytes;
+    i64 swept = rows <= kernel.sweep_rows ? g.v_size / nr : 0;
+    for (i64 key = 0; key < r.keys; key += KC) {
+      i64 units = min(r.keys - key, KC);
+      const float* a = p + key / KC * rows * LDA;
+      const char* from = v + key * g.v_row * kernel.element_bytes;
+      if (swept > 0) kernel.sweep(a, from, g.v_row, swept, units, rows, acc, c_panel, key == 0);
+      for (i64 j = swept; j * nr < g.v_size; j++) {
+        kernel.pack_panel[0](from + j * nr * kernel.element_bytes, g.v_row, min(g.v_size - j * nr, nr), units, units,
+                             panel);
+        kernel.multiply(a, panel, units, rows, acc + j * c_panel, key == 0);
+      }
+    }
+  }
+
+  // The row's values again, without the keys that take no part: zero times infinity is not zero.
+  template <class T>
+  void row_without_absent(const Rows& r, i64 row, const float* p, float* acc) const {
+    i64 nr = kernel.panel_lanes, rows = r.count();
+    const T* v = reinterpret_cast<const T*>(g.v) + r.batch * g.v_batch + r.kv_head * g.v_head;
+    for (i64 d = 0; d < g.v_size; d += 16) {
+      i64 n = min(g.v_size - d, 16);
+      f32x16 sum = {};
+      for (i64 key = 0; key < r.keys; key++) {
+        float weight = p[(key / KC * rows + row) * LDA + key % KC];
+        if (bit_cast<u32>(weight) == ABSENT_BITS) continue;
+        sum = fma(splat(weight), load_f32(v + key * g.v_row + d, n), sum);
+      }
+      store(acc + (d / nr * rows + row) * nr + d % nr, sum);
+    }
+  }
+
+  // Writes one row; false if what it was made of is not finite.
+  template <class T>
+  bool write_row(const Rows& r, i64 row, bool none, float total, const float* acc) const {
+    i64 nr = kernel.panel_lanes, rows = r.count();
+    T* out = reinterpret_cast<T*>(g.out) + r.batch * g.out_batch + r.head(row) * g.out_head + r.query(row) * g.out_row;
+    f32x16 zeros = {};
+    for (i64 d = 0; d < g.v_size; d += 16) {
+      i64 n = min(g.v_size - d, 16);
+      f32x16 sum = load<f32x16>(acc + (d / nr * rows + row) * nr + d % nr);
+      zeros += LANE < static_cast<i32>(n) ? sum - sum : splat(0.0f);
+      f32x16 x = none ? splat(0.0f) : sum / splat(total) + 0.0f;
+      store_f32(out + d, x == x ? x : splat(__builtin_nanf("")), n);
+    }
+    return largest(zeros) == 0.0f;
+  }
+
+  template <class T>
+  void finish(const Rows& r, const float* p, const float* top, const float* total, float* acc) const {
+    for (i64 i = 0; i < r.count(); i++) {
+      bool none = top[i] == -INF;
+      bool finite = write_row<T>(r, i, none, total[i], acc);
+      if (!finite && !none && (g.causal || g.mask_kind != NO_MASK)) {
+        row_without_absent<T>(r, i, p, acc);
+        write_row<T>(r, i, none, total[i], acc);
+      }
+      if (g.lse != nullptr) {
+        float lse = none ? -INF : log(total[i]) + top[i];
+        g.lse[r.batch * g.lse_batch + r.head(i) * g.lse_head + r.query(i) * g.lse_row] =
+            lse == lse ? lse : __builtin_nanf("");
+      }
+    }
+  }
+
+  Status run(i64 task) const {
+    Rows r = rows_of(task);
+    i64 nr = kernel.panel_lanes, rows = r.count(), panels = ceil_div(g.v_size, nr);
+    i64 key_blocks = max(ceil_div(r.keys, KC), 1);
+    i64 lanes = round_up(rows, 16);
+    i64 sizes[] = {KC * nr, rows * nr, head_blocks() * rows * LDA, key_blocks * rows * LDA, panels * rows * nr,
+                   rows * 16, lanes, lanes, rows * static_cast<i64>(sizeof(Sight) / sizeof(float))};
+    i64 floats = 0;
+    for (i64& size : sizes) {
+      i64 at = floats;
+      floats += round_up(size, 16);
+      size = at;
+    }
+    Scratch scratch(floats * static_cast<i64>(sizeof(float)));
+    if (scratch.data == nullptr) return OUT_OF_MEMORY;
+    float* base = scratch.as<float>();
+    float *panel = base + sizes[0], *c = base + sizes[1], *q = base + sizes[2], *p = base + sizes[3];
+    float *acc = base + sizes[4], *top = base + sizes[6], *total = base + sizes[7];
+    f32x16* top_lanes = reinterpret_cast<f32x16*>(base + sizes[5]);
+    Sight* sights = reinterpret_cast<Sight*>(base + sizes[8]);
+    for (i64 i = 0; i < rows; i++) sights[i] = sight(r, i);
+
+    if (r.keys == 0) __builtin_memset(acc, 0, static_cast<size_t>(panels * rows * nr) * sizeof(float));
+    for (i64 d = 0; d < head_blocks(); d++) {
+      i64 units = min(g.size - d * KC, KC);
+      for (i64 h = 0; h < r.heads; h++) {
+        const char* from = g.q + (r.batch * g.q_batch + (r.head0 + h) * g.q_head + r.query0 * g.q_row + d * KC) *
+                                     kernel.element_bytes;
+        kernel.pack_rows(from, g.q_row, r.queries, units, units, q + (d * rows + h * r.queries) * LDA);
+      }
+    }
+    if (g.size == 0) __builtin_memset(c, 0, static_cast<size_t>(rows * nr) * sizeof(float));
+    scores(r, sights, q, panel, c, p, top_lanes);
+    for (i64 i = 0; i < rows; i++) top[i] = largest(top_lanes[i]);
+    weights(r, p, top);
+    totals(r, p, total);
+    values(r, p, panel, acc);
+    switch (g.dtype) {
+      case F32: finish<float>(r, p, top, total, acc); break;
+      case BF16: finish<bf16>(r, p, top, total, acc); break;
+      default: finish<f16>(r, p, top, total, acc);
+    }
+    return OK;
+  }
+};
+
+}  // namespace
+}  // namespace bi
+
+BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) {
+  using namespace bi;
+  const AttentionArgs& g = *args;
+  if (g.dtype != F32 && g.dtype != BF16 && g.dtype != F16) return BAD_DTYPE;
+  if (g.mask_kind == ADDITIVE_MASK && g.mask_dtype != F32 && g.mask_dtype != BF16 && g.mask_dtype != F16) {
+    return BAD_DTYPE;
+  }
+  if (min(min(min(g.batch, g.q_heads), min(g.queries, g.keys)), min(min(g.size, g.v_size), g.kv_heads)) < 0 ||
+      g.mask_kind < NO_MASK || g.mask_kind > ADDITIVE_MASK || (g.causal && g.mask_kind != NO_MASK)) {
+    return BAD_ARGUMENT;
+  }
+  if (g.batch == 0 || g.q_heads == 0 || g.queries == 0) return OK;
+  if (g.kv_heads == 0 || g.q_heads % g.kv_heads != 0) return BAD_ARGUMENT;
+
+  Attention a{g, *fma_kernel(static_cast<DType>(g.dtype)), g.q_heads / g.kv_heads, 1, 1, 1, 1};
+  i64 row_bytes = max(ceil_div(g.keys, KC), 1) * LDA * static_cast<i64>(sizeof(float));
+  i64 rows = max(MIN_ROWS, min(MAX_ROWS, WEIGHT_BYTES / row_bytes));
+  a.query_chunks = ceil_div(g.queries, rows);
+  a.task_queries = ceil_div(g.queries, a.query_chunks);
+  a.query_chunks = ceil_div(g.queries, a.task_queries);
+  i64 tasks = g.batch * g.kv_heads * a.query_chunks;
+  // The heads of a group share the packed keys and values, unless threads would be idle for it.
+  a.head_chunks = max(ceil_div(a.group, max(rows / a.task_queries, 1)), min(a.group, ceil_div(g.threads, tasks)));
+  a.task_heads = ceil_div(a.group, a.head_chunks);
+  a.head_chunks = ceil_div(a.group, a.task_heads);
+  tasks *= a.head_chunks;
+
+  i64 work = a.task_heads * a.task_queries * max(g.keys * (g.size + g.v_size), 1);
+  i64 grain = ceil_div(MIN_TASK_WORK, work);
+  return parallel_for(static_cast<int>(g.threads), ceil_div(tasks, grain), [&](i64 first) -> Status {
+    for (i64 task = first * grain; task < min(tasks, (first + 1) * grain); task++) {
+      Status status = a.run(task);
+      if (status != OK) return status;
+    }
+    return OK;
+  });
+}
