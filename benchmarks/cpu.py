@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import batch_invariant as bi
 import torch
 import torch.nn.functional as F
-
-import batch_invariant as bi
 from batch_invariant.cpu import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

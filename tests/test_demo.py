@@ -16,14 +16,14 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
+import batch_invariant as bi
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import batch_invariant as bi
 from batch_invariant.cli import demo, models, render
 from batch_invariant.cli.demo import Column, Decoded, Example, Report, SizeResult
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plugin_source import Install
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -404,7 +404,10 @@ def test_in_a_pipe_the_report_is_plain_and_fits_80_columns(
     assert "\r" not in text
     assert max(render.cell_len(line) for line in text.splitlines()) <= 80
     assert "[red]\\n[/x]" in text  # a prompt is no markup
-    assert "batch_invariant FAILED: the batch changed the logits of 32 of 32 prompts" in text
+    assert (
+        "batch_invariant FAILED: the batch changed the logits of 32 of 32 prompts,\nthe text"
+        in text
+    )
     assert [line.split()[0] for line in text.splitlines() if "1234.6 s" in line] == [
         str(size) for size in demo.BATCH_SIZES
     ]
@@ -595,11 +598,33 @@ def test_the_command_fails_if_the_batch_shows_through_the_library(
 
 
 def test_the_command_fails_with_a_backend_that_is_broken_on_purpose(
-    broken_mm: str, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    install: Install, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_toy(toy_model, tmp_path, "--json", "--dtype", "float32", "--backend", broken_mm) == 1
+    install(
+        """
+        from dataclasses import replace
+
+        from batch_invariant.cpu import CpuBackend
+
+        class Plugin(CpuBackend):
+            name = "brokenlinear"
+
+            def kernels(self):
+                table = dict(super().kernels())
+                right = table["linear"].fn
+
+                def linear(input, weight, bias=None):
+                    out = right(input, weight, bias)
+                    return out * (1.5 if input.numel() // input.shape[-1] % 2 else 1)
+
+                table["linear"] = replace(table["linear"], fn=linear)
+                return table
+        """,
+        name="brokenlinear",
+    )
+    assert run_toy(toy_model, tmp_path, "--json", "--backend", "brokenlinear") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["backend"] == broken_mm
+    assert found["backend"] == "brokenlinear"
     assert found["ok"] is False
     assert found["invariant"]["logits_differ"] > 0
 

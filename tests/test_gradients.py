@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import batch_invariant as bi
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
-
-import batch_invariant as bi
 
 
 def _leaf(*shape: int, positive: bool = False) -> torch.Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import batch_invariant as bi
 import pytest
 import torch
-
-import batch_invariant as bi
 from batch_invariant import selector
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.ops.contract import Data

@@ -6,11 +6,10 @@ import os
 import threading
 from collections.abc import Callable
 
+import batch_invariant as bi
 import pytest
 import torch
 import torch.nn.functional as F
-
-import batch_invariant as bi
 from batch_invariant import mode, stock
 
 X, W = torch.randn(64, 1024), torch.randn(1024, 96)

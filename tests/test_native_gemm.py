@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from batch_invariant.cpu import native
+from replay import AMX, DOT, SERIAL, cancelling, fma32, powers, replay, replay_bf16, same
 
 PACK = struct.Struct("=6qQ2qQ3qQ3qQ4q2d").pack
 CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
-WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-AMX, DOT, SERIAL = 0, 1, 2
 KN, NK = 0, 1
 
 if native.availability() is not None:
@@ -70,82 +69,6 @@ def gemm(
     )  # fmt: skip
     assert status == 0, native.STATUS[status]
     return out if a.dim() == 3 or b.dim() == 3 else out[0]
-
-
-def same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    assert x.dtype == y.dtype
-    width = WIDTH[x.element_size()]
-    return torch.equal(x.contiguous().view(width), y.contiguous().view(width))
-
-
-def cancelling(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Shuffled pairs v, -v of widely spread v: nearly all of the exact sum cancels, so every
-    change of the order shows."""
-    g = torch.Generator().manual_seed(seed)
-    v = torch.randn(rows, (k + 1) // 2, generator=g).mul(1.5).exp()
-    return torch.cat([v, -v], 1)[:, torch.randperm(2 * v.size(1), generator=g)][:, :k].to(dtype)
-
-
-def powers(rows: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    g = torch.Generator().manual_seed(1)
-    exponents = torch.randint(-1, 2, (rows, 1), generator=g).float()
-    return torch.exp2(exponents).to(dtype).expand(rows, k).contiguous()
-
-
-# The orders, replayed in numpy ------------------------------------------------------------------
-
-
-def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Correctly rounded fp32 a * b + c: the exact product and sum rounded to odd in float64, which
-    leaves the last rounding to fp32 undisturbed."""
-    product = a.astype(np.float64) * b.astype(np.float64)
-    wide = c.astype(np.float64)
-    total = product + wide
-    with np.errstate(invalid="ignore"):
-        back = total - product
-        error = (product - (total - back)) + (wide - back)
-    even = (total.view(np.int64) & 1) == 0
-    adjust = np.isfinite(total) & (error != 0) & even
-    with np.errstate(invalid="ignore", over="ignore"):
-        odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-        return np.where(adjust, odd, total).astype(np.float32)
-
-
-def flush(x: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
-
-
-def replay(a: torch.Tensor, b: torch.Tensor, ks: list[int] | None = None) -> torch.Tensor:
-    """The portable order on a [M, K], b [N, K]: one fp32 chain over k (or over `ks`), from +0."""
-    x, y = a.float().numpy(), b.float().numpy()
-    acc = np.zeros((x.shape[0], y.shape[0]), np.float32)
-    for k in range(x.shape[1]) if ks is None else ks:
-        acc = fma32(x[:, k, None], y[None, :, k], acc)
-    return torch.from_numpy(acc)
-
-
-def replay_bf16(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
-    """What gemm.h says about the three orders of bf16, in fp32."""
-    if order == SERIAL:
-        return replay(a, b)
-    x, y = flush(a.float().numpy()), flush(b.float().numpy())
-    pad = -x.shape[1] % (32 if order == AMX else 2)
-    x, y = np.pad(x, ((0, 0), (0, pad))), np.pad(y, ((0, 0), (0, pad)))
-    acc = np.zeros((x.shape[0], y.shape[0]), np.float32)
-
-    def extend(chain: np.ndarray, k: int) -> np.ndarray:
-        return flush(fma32(x[:, k, None], y[None, :, k], chain))
-
-    if order == DOT:
-        for k in range(0, x.shape[1], 2):
-            acc = extend(extend(acc, k + 1), k)
-    else:
-        for k0 in range(0, x.shape[1], 32):
-            even = odd = np.zeros_like(acc)
-            for k in range(k0, k0 + 32, 2):
-                even, odd = extend(even, k), extend(odd, k + 1)
-            acc = flush(acc + flush(even + odd))
-    return torch.from_numpy(acc)
 
 
 SHAPES = [

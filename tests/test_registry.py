@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-from plugin_source import PLUGIN, Install
-
 import batch_invariant as bi
+import pytest
 from batch_invariant import registry
+from plugin_source import PLUGIN, Install
 
 
 def test_the_reference_backend_is_found() -> None:

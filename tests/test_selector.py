@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import batch_invariant as bi
 import pytest
 import torch
 from plugin_source import PLUGIN, Install
-
-import batch_invariant as bi
 
 
 def test_automatic_choice() -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import batch_invariant as bi
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-
-import batch_invariant as bi
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # A test takes many examples; the budget of the suite is minutes.

@@ -45,7 +45,7 @@ _HOME = {
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", *_MODULE]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULE]
 
 if TYPE_CHECKING:
     from batch_invariant.errors import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""The errors of batch-invariant: one base class, and one subclass for each thing a user can mend."""
+"""The errors of batch-invariant: one base class, one subclass for each thing a user can mend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row's bits do not depend on: the ordered promises that a kernel makes and a user asks for."""
+"""What a row's bits do not depend on: ordered promises, made by kernels and asked for by users."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from batch_invariant.backend import API_VERSION, Backend
 from batch_invariant.errors import BatchInvariantError, InvalidBackend, UnknownBackend
@@ -46,12 +47,12 @@ def _distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
-def _import(name: str) -> type[Backend]:
+def _import(name: str) -> Any:
     from stevedore.driver import DriverManager
     from stevedore.exception import NoMatches
 
     try:
-        driver: type[Backend] = DriverManager(GROUP, name, invoke_on_load=False).driver
+        driver: Any = DriverManager(GROUP, name, invoke_on_load=False).driver
     except NoMatches as error:
         raise BatchInvariantError(
             f"the backend {name!r} is installed, but stevedore's cache does not know it yet; "

@@ -29,7 +29,7 @@ _listeners: list[Callable[[], None]] = []
 
 
 def backends() -> dict[str, Availability]:
-    """Every installed backend and whether it can run here; a broken plugin is a reason, no error."""
+    """Every installed backend, and whether it can run here; a broken plugin is a reason."""
     found = {}
     for name in registry.installed():
         try:
@@ -204,7 +204,7 @@ def _missing(backend: str, op: str) -> Callable[..., NoReturn]:
 
 
 def _first_call(op: str) -> Callable[..., Any]:
-    """What runs on a device for which no kernels are registered yet: registers them, or says why."""
+    """What runs on a device without registered kernels: registers them, or says why not."""
 
     def resolve(*args: Any, **kwargs: Any) -> Any:
         tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))

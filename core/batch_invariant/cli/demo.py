@@ -399,8 +399,8 @@ def as_lines(report: Report) -> list[Line]:
 def _verdict(report: Report) -> list[Line]:
     def changed(column: Column) -> str:
         return (
-            f"the batch changed the logits of {column.logits_differ} of {report.prompts} prompts "
-            f"and the text of {column.tokens_differ}."
+            f"the batch changed the logits of {column.logits_differ} of {report.prompts} prompts, "
+            f"the text of {column.tokens_differ}."
         )
 
     stock, invariant = report.stock, report.invariant

@@ -162,7 +162,8 @@ def _lines(report: dict[str, Any]) -> list[Line]:
     head += [f"{n} {packages[n] or 'missing'}" for n in ("torch", "stevedore")]
     lines: list[Line] = ["  ".join(head)]
     if report["torch"]["error"]:
-        lines += [("  !!  torch does not import", "bold red"), f"        {report['torch']['error']}"]
+        lines.append(("  !!  torch does not import", "bold red"))
+        lines.append(f"        {report['torch']['error']}")
     for backend in report["backends"]:
         lines += _backend_lines(backend, report["torch"].get("threads"))
     mode = report["mode"]

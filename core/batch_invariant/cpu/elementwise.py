@@ -251,7 +251,11 @@ class _Into:
         tensors = _tensors(args)
         inputs = {k: v for k, v in kwargs.items() if k not in self.writes}
         if not _flat([*tensors, *targets]):
-            values = self.function(*args, **inputs)
+            try:
+                values = self.function(*args, **inputs)
+            except (RuntimeError, NotImplementedError, TypeError):
+                self.kernel(*args, **kwargs)  # raises torch's error for this overload
+                raise
             result = self.kernel(*args, **kwargs)
             for target, value in zip(targets, _each(values), strict=True):
                 target.copy_(value)

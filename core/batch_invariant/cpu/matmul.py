@@ -28,9 +28,7 @@ _pack = struct.Struct("=6qQ2qQ3qQ3qQ4q2d").pack
 
 @cache
 def _gemm() -> Any:
-    entry = native.library().bi_gemm
-    entry.argtypes = None
-    return entry
+    return native.library().bi_gemm
 
 
 def _matrix(x: torch.Tensor) -> tuple[torch.Tensor, int]:

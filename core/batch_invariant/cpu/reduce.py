@@ -1,4 +1,4 @@
-"""Reductions on CPU: native lane sums for fp32, bf16 and fp16; the plain torch order for float64."""
+"""Reductions on CPU: native lane sums for fp32, bf16, fp16; plain torch order for float64."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 
 from batch_invariant.backend import Kernel
-from batch_invariant.ops.contract import Data, Draw
 from batch_invariant.ops.bits import mismatch
+from batch_invariant.ops.contract import Data, Draw
 
 _ELEMENTWISE = ("silu", "sigmoid", "gelu", "exp", "tanh", "rsqrt")
 

@@ -89,11 +89,11 @@ def check_attention(
         )
 
 
-def _expanded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
+def expanded_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values with one head for each query head."""
-    if not enable_gqa or query.size(-3) == key.size(-3):
+    """Keys and values [..., Hkv, S, E] with one head for each head of the query."""
+    if query.dim() < 3 or query.size(-3) == key.size(-3):
         return key, value
     repeat = query.size(-3) // key.size(-3)
     return key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
@@ -131,7 +131,8 @@ def _reference(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    key, value = _expanded(query, key, value, enable_gqa)
+    if enable_gqa:
+        key, value = expanded_heads(query, key, value)
     scores = scores_of(query, key, attn_mask, is_causal, scale, torch.matmul)
     lse = scores.logsumexp(-1)
     weights = torch.where(lse.isinf()[..., None], 0, (scores - lse[..., None]).exp())
@@ -183,7 +184,7 @@ def _back(
     scale, gqa = ctx.keywords["scale"], ctx.keywords["enable_gqa"]
     factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     wide = lse.dtype
-    k, v = _expanded(query, key, value, gqa)
+    k, v = expanded_heads(query, key, value) if gqa else (key, value)
     q, k, v, g = (t.to(wide) for t in (query, k, v, grad))
     mask = attn_mask
     if mask is not None and mask.dtype != torch.bool:
@@ -242,13 +243,18 @@ def _flash_for_cpu(
 
 
 def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
+    """An error of d in a score is a factor of exp(d) in a weight; then the chains over keys."""
     exact = _reference(**args)[0]
-    largest = args["value"].abs().amax()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    spread = args["query"].abs().amax() * args["key"].abs().amax() * args["query"].size(-1)
-    relative = 1 + torch.finfo(wide).eps * spread
-    terms = args["key"].size(-2) + args["query"].size(-1) + 16
-    return sum_bound((largest * relative).expand_as(exact), exact, terms, dtype)
+    query, key, value = args["query"], args["key"], args["value"]
+    if args["enable_gqa"]:
+        key, value = expanded_heads(query, key, value)
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    magnitude = query.abs() @ key.abs().mT / math.sqrt(query.size(-1))
+    error = unit * (query.size(-1) + 4) * magnitude.amax(-1, keepdim=True)
+    largest = value.abs().amax().expand_as(exact)
+    chains = sum_bound(largest, exact, key.size(-2) + 16, dtype)
+    scores: torch.Tensor = 2 * largest * torch.expm1(2 * error)
+    return scores + chains
 
 
 def _case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -25,7 +26,7 @@ def normalize(dim: Dims, rank: int) -> tuple[int, ...]:
                 f"but got {d})"
             )
     found = sorted(d % size for d in wanted)
-    for first, second in zip(found, found[1:], strict=False):
+    for first, second in pairwise(found):
         if first == second:
             raise RuntimeError(f"dim {first} appears multiple times in the list of dims")
     return () if rank == 0 else tuple(found)

@@ -115,9 +115,8 @@ def _d_silu(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _d_pow(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    if ctx.exponent == 0:
-        return torch.zeros_like(x)
-    return ctx.exponent * pow(x, ctx.exponent - 1)
+    exponent: float = ctx.exponent
+    return torch.zeros_like(x) if exponent == 0 else exponent * pow(x, exponent - 1)
 
 
 _Derivative = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -189,7 +188,8 @@ OPS = (
         batch_axes={"self": 0},
         error_bound=lambda self, approximate, dtype: _bound(
             torch.nn.functional.gelu(self, approximate=approximate), self, dtype
-        ),
+        )
+        * 2,
         setup_context=_save_gelu,
         backward=_back(_d_gelu),
     ),

@@ -84,7 +84,8 @@ def _take(args: Args, axes: Axes, rows: list[int]) -> dict[str, Any]:
 
 def _like_layout(original: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
     """The selection in the memory order of the original, so that strided cases stay strided."""
-    order = sorted(range(original.dim()), key=lambda d: -original.stride(d))
+    strides = original.stride()
+    order = sorted(range(original.dim()), key=lambda d: -strides[d])
     inverse = [order.index(d) for d in range(original.dim())]
     return taken.permute(order).contiguous().permute(inverse)
 

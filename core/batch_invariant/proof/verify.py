@@ -9,17 +9,18 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from batch_invariant import mode, selector
+from batch_invariant import mode, registry, selector
 from batch_invariant.backend import Backend, Kernel
 from batch_invariant.errors import ConfigurationError
 from batch_invariant.ops import CONTRACTS
-from batch_invariant.ops.contract import Case, Data, Draw, Op
 from batch_invariant.ops.bits import mismatch
+from batch_invariant.ops.contract import Case, Data, Draw, Op
 from batch_invariant.proof.transforms import ROWS, Variant, variants
 
 
@@ -67,8 +68,8 @@ def verify(
         raise ConfigurationError(
             f"unknown operator {', '.join(unknown)}; known: {', '.join(CONTRACTS)}"
         )
-    with selector.use_backend(backend) if backend else _nothing():
-        chosen = selector.current_backend(backend and _device(backend) or "cpu")
+    with selector.use_backend(backend) if backend else nullcontext():
+        chosen = selector.current_backend(_device(backend) if backend else "cpu")
         table = selector.kernels(chosen.device_type)
         for name in wanted:
             if name not in table:
@@ -80,15 +81,7 @@ def verify(
 
 
 def _device(backend: str) -> str:
-    from batch_invariant import registry
-
     return registry.load(backend).device_type
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _check(op: Op, backend: Backend, kernel: Kernel, dtype: torch.dtype) -> Result:

@@ -30,7 +30,7 @@ BI_INLINE void store_result(T* to, f32x16 x, i64 count = 16) {
 }
 template <class T>
 BI_INLINE void store_result(T* to, float x) {
-  store_part(to, one_nan(splat(x)), 1);
+  store_one(to, one_nan(x));
 }
 
 // The first `count` lanes of x and the other lanes of `others`; any count.

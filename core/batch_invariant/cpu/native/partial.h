@@ -10,7 +10,13 @@
 namespace bi {
 
 #if defined(__AVX512F__)
-BI_INLINE u32 lane_mask(i64 count) { return (1u << count) - 1u; }
+// The asm hides the value: clang 22 turns a 16-bit masked store of narrowed 32-bit lanes, whose mask is known
+// to be 1, into a 4-byte store that overwrites the neighbour.
+BI_INLINE u32 lane_mask(i64 count) {
+  u32 mask = (1u << count) - 1u;
+  __asm__("" : "+r"(mask));
+  return mask;
+}
 BI_INLINE f32x16 load_few(const float* p, i64 count) {
   return bit_cast<f32x16>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lane_mask(count)), p));
 }
@@ -88,6 +94,12 @@ BI_INLINE void store_part(T* p, f32x16 x, i64 count) {
   } else {
     store_few(p, x, count);
   }
+}
+
+BI_INLINE void store_one(float* p, float x) { *p = x; }
+template <class T>
+BI_INLINE void store_one(T* p, float x) {
+  p->bits = narrow(splat(x), T{})[0];
 }
 
 }  // namespace bi

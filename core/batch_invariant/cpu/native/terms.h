@@ -24,13 +24,17 @@ struct Values {
 template <class T>
 struct Magnitudes {
   const T* x;
-  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const { return magnitude(load_ahead(x + i, count)); }
+  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const {
+    return magnitude(load_ahead(x + i, count));
+  }
 };
 
 template <class T>
 struct NonZeros {
   const T* x;
-  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const { return load_ahead(x + i, count) != 0.0f ? splat(1.0f) : splat(0.0f); }
+  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const {
+    return load_ahead(x + i, count) != 0.0f ? splat(1.0f) : splat(0.0f);
+  }
 };
 
 // Of x, or of x + residual where there is one.
