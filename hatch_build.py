@@ -48,9 +48,17 @@ def host() -> tuple[str, str]:
     return sys.platform, platform.machine()
 
 
+def _environment() -> dict[str, str]:
+    """This process's, with a folder for zig's cache where there is no home to keep it in."""
+    found = dict(os.environ)
+    if not any(found.get(name) for name in ("HOME", "XDG_CACHE_HOME", "ZIG_GLOBAL_CACHE_DIR")):
+        found["ZIG_GLOBAL_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "batch-invariant-zig")
+    return found
+
+
 def _run(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "ziglang", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     if done.returncode:
         raise RuntimeError(
             f"the native library does not build: {' '.join(command)} gave exit status "

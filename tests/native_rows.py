@@ -1,4 +1,4 @@
-"""The native row operations as functions on matrices, once for each library that this CPU can run."""
+"""The native row operations as functions on matrices, for each library that this CPU can run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 from pathlib import Path
 
 import torch
-
 from batch_invariant.cpu import native
 
 FOLDER = Path(native.__file__).parent / "native"
@@ -31,6 +30,9 @@ _SIGNATURES = {
     "bi_row_topk": "iilllplppi",
     "bi_row_argmax": "iillplpi",
     "bi_map": "ilppi",
+    "bi_column_reduce": "iiilllpllpi",
+    "bi_column_var": "iiilllplldppi",
+    "bi_column_cumsum": "iilllpllpi",
 }
 
 
@@ -171,6 +173,27 @@ class Rows:
     def map(self, op: int, x: Tensor) -> Tensor:
         out = torch.empty(x.shape)
         self.call("bi_map", op, x.numel(), x.contiguous().data_ptr(), out.data_ptr())
+        return out
+
+    # Over the middle dimension of x [outer, n, inner], the last one at unit stride.
+    def column_reduce(self, op: int, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        out = torch.empty(x.shape[0], x.shape[2], dtype=out_dtype or x.dtype)
+        self.call("bi_column_reduce", op, CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
+                  *x.stride()[:2], out.data_ptr())
+        return out
+
+    def column_var(
+        self, x: Tensor, correction: float = 1, root: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        out, mean = torch.empty(2, x.shape[0], x.shape[2], dtype=x.dtype)
+        self.call("bi_column_var", root, CODE[x.dtype], CODE[x.dtype], *x.shape, x.data_ptr(),
+                  *x.stride()[:2], correction, out.data_ptr(), mean.data_ptr())
+        return out, mean
+
+    def column_cumsum(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self.call("bi_column_cumsum", CODE[x.dtype], CODE[x.dtype], *x.shape, x.data_ptr(),
+                  *x.stride()[:2], out.data_ptr())
         return out
 
 

@@ -49,18 +49,18 @@ def test_help_does_not_import_torch() -> None:
 @pytest.mark.parametrize("value", [None, "0", "false", ""])
 def test_mode_off_imports_only_the_entry_point(value: str | None) -> None:
     environment = {} if value is None else {"VLLM_BATCH_INVARIANT": value}
-    done = _python("-X", "importtime", "-c", "import torch", **environment)
+    script = "import sys, torch; print(*(m for m in sys.modules if m.startswith('batch_inv')))"
+    done = _python("-X", "importtime", "-c", script, **environment)
     assert done.returncode == 0, done.stderr
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    ours = {name for name in loaded if name.startswith("batch_invariant")}
+    ours = set(done.stdout.split())
     assert ours == {"batch_invariant", "batch_invariant.env", "batch_invariant.errors"}
-    # Microseconds that our three modules take, against the seconds of torch itself.
+    # Microseconds that our modules take, against the seconds of torch itself.
     spent = sum(
         int(line.split(":")[1].split("|")[0])
         for line in done.stderr.splitlines()
         if line.split("|")[-1].strip() in ours
     )
-    assert spent < 50_000
+    assert 0 < spent < 50_000
 
 
 def test_all_public_names_exist() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -303,6 +304,15 @@ def test_flushed_denormals_of_the_caller_do_not_matter() -> None:
         assert same(gemm(a, b, threads=2), want)
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_several_callers_at_once() -> None:
+    a, b = cancelling(70, 513, torch.float32), torch.randn(300, 513)
+    want = gemm(a, b)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(gemm, a[i % 7 :], b, threads=1 + i % 2) for i in range(24)]
+        for i, call in enumerate(calls):
+            assert same(call.result(), want[i % 7 :])
 
 
 def test_a_forked_child_computes_on() -> None:

@@ -178,6 +178,10 @@ def _override(
         library.impl(name, fn, at, with_keyset=keyset)
 
     capture((*plain, *with_keyset, *(n.removeprefix("aten::") for n in refused)), key)
+    layouts = {
+        layout: coverage.refused_layouts(layout)
+        for layout in coverage.OTHER_LAYOUTS.get(device_type, ())
+    }
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Oo]verrid")
@@ -191,6 +195,10 @@ def _override(
             for name, reason in refused.items():
                 short = name.removeprefix("aten::")
                 impl(short, _refuse(short, reason, key, fault), key)
+            for layout, names in layouts.items():
+                for name, reason in names.items():
+                    short = name.removeprefix("aten::")
+                    impl(short, _refuse(short, reason, layout, fault), layout)
     except BaseException:
         library._destroy()
         raise

@@ -356,6 +356,7 @@ def as_json(report: Report) -> str:
 def as_lines(report: Report) -> list[Line]:
     """The report for people, in 80 columns where names and figures are not unusually long."""
     machine, versions = report.machine, report.versions
+    threads = machine["threads"]
     shortest, longest = report.prompt_tokens
     lines: list[Line] = [
         (
@@ -363,7 +364,7 @@ def as_lines(report: Report) -> list[Line]:
             "bold",
         ),
         f"torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"backend {report.backend}, {machine['threads']} threads",
+        f"backend {report.backend}, {threads} thread{'s' if threads > 1 else ''}",
         f"{machine['processor']} ({machine['capability']})",
         f"{report.prompts} prompts of {shortest} to {longest} tokens, "
         f"{report.max_new_tokens} new tokens each, greedy, left padding",

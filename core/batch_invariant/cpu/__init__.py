@@ -33,10 +33,10 @@ class CpuBackend(Backend):
         return _kernels()
 
     def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
-        """Elementwise functions, whose stock kernels here depend on an element's position."""
-        from batch_invariant.cpu import elementwise
+        """Elementwise functions, which depend on position here, and accumulating index_put."""
+        from batch_invariant.cpu import elementwise, indexing
 
-        return elementwise.overrides()
+        return {**elementwise.overrides(), **indexing.overrides()}
 
 
 @cache

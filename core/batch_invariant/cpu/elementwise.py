@@ -56,7 +56,7 @@ COVERED: dict[str, str] = {
             special_zeta sqrt tan tanh xlogy.Tensor
         """,
         SEVERAL_ROUNDINGS: """
-            _add_relu.Tensor addcdiv addcmul div.Tensor_mode floor_divide fmod.Tensor frac
+            addcdiv addcmul div.Tensor_mode floor_divide fmod.Tensor frac
             hardsigmoid hardsigmoid_backward hardswish hardswish_backward lerp.Scalar lerp.Tensor
             logit_backward reciprocal remainder.Tensor round.decimals sgn sigmoid_backward
             tanh_backward
@@ -251,11 +251,7 @@ class _Into:
         tensors = _tensors(args)
         inputs = {k: v for k, v in kwargs.items() if k not in self.writes}
         if not _flat([*tensors, *targets]):
-            try:
-                values = self.function(*args, **inputs)
-            except (RuntimeError, NotImplementedError, TypeError):
-                self.kernel(*args, **kwargs)  # raises torch's error for this overload
-                raise
+            values = _or_torchs_error(self.function, args, inputs, self.kernel, kwargs)
             result = self.kernel(*args, **kwargs)
             for target, value in zip(targets, _each(values), strict=True):
                 target.copy_(value)
@@ -267,6 +263,17 @@ class _Into:
         result = self.kernel(*args, **kwargs)
         _overwrite(tuple(targets), blocks, tails)
         return result
+
+
+def _or_torchs_error(
+    fn: Function, args: tuple[Any, ...], inputs: dict[str, Any], kernel: Function, kwargs: Any
+) -> Any:
+    """What `fn` returns; if it raises, the error that torch has for the overload comes first."""
+    try:
+        return fn(*args, **inputs)
+    except RuntimeError:
+        kernel(*args, **kwargs)
+        raise
 
 
 def _overwrite(
@@ -389,14 +396,16 @@ def _functional_kernel(name: str) -> Function:
 
     A functional kernel that called its out= overload through the dispatcher would come back here.
     """
-    if _is_native(name) and name != "mse_loss_backward":
+    if _is_native(name) and name not in ("angle", "mse_loss_backward"):
         return stock(name)
     (variant, (out,)) = next(v for v in _variants(name) if len(v[1]) == 1)
     kernel = stock(variant)
 
     def allocate(*args: Any, **kwargs: Any) -> Any:
         first = _tensors(args)[0]
-        dtype = first.dtype.to_real() if name == "abs" else first.dtype
+        dtype = first.dtype.to_real() if name in ("abs", "angle") else first.dtype
+        if name == "angle" and not dtype.is_floating_point:
+            dtype = torch.get_default_dtype()
         return kernel(*args, **kwargs, **{out: first.new_empty(0, dtype=dtype)})
 
     return allocate
@@ -440,8 +449,9 @@ def _with_variants(name: str, fn: Function) -> dict[str, Function]:
     """Overrides of a functional overload by `fn`, and of its out= overloads by `fn` and a copy."""
     found: dict[str, Function] = {}
     for variant, writes in _variants(name):
+        kernel = stock(variant)
         if writes:
-            found[variant] = functools.partial(_copy_into, fn, stock(variant), writes)
+            found[variant] = functools.partial(_copy_into, fn, kernel, writes)
         else:
             found[variant] = functools.partial(_without_keyset, fn)
     return found
@@ -451,10 +461,10 @@ def _copy_into(
     fn: Function, kernel: Function, writes: list[str], _keyset: Any, *args: Any, **kwargs: Any
 ) -> Any:
     inputs = {k: v for k, v in kwargs.items() if k not in writes}
-    values = fn(*args, **inputs)
+    values = _or_torchs_error(fn, args, inputs, kernel, kwargs)
     result = kernel(*args, **kwargs)
     for name, value in zip(writes, _each(values), strict=True):
-        kwargs[name].copy_(value)
+        kwargs[name].resize_(value.shape).copy_(value)
     return result
 
 

@@ -1,14 +1,15 @@
 """The one order in which a row is added up, in plain torch.
 
-A row of n elements is cut into segments of `SEGMENT`. Inside a segment, lane i (of `LANES`) starts at
-+0.0 and adds elements i, i + LANES, i + 2 * LANES, ... one after another. The segments' lanes are added
-lane by lane in ascending order of the segments. Then the lanes are folded by halves, first half + second
-half, until one is left. Missing elements are +0.0.
+A row of n elements is cut into segments of `SEGMENT`. Inside a segment, lane i (of `LANES`) starts
+at +0.0 and adds elements i, i + LANES, i + 2 * LANES, ... one after another. The segments' lanes
+are added lane by lane in ascending order of the segments. Then the lanes are folded by halves,
+first half + second half, until one is left. Missing elements are +0.0.
 
-The order is a function of n alone, and made of elementwise additions only, so every device that rounds
-them as IEEE 754 says has the same bits, at any tile, vector width or number of threads. A lane is never
--0.0 (it starts at +0.0, and x + -x is +0.0), so adding a missing +0.0 changes nothing: a kernel may skip
-it, and may use the next power of two as the number of lanes of a row shorter than `LANES`.
+The order is a function of n alone and made of elementwise additions only, so every device that
+rounds them as IEEE 754 says has the same bits, at any tile, vector width or number of threads. A
+lane is never -0.0 (it starts at +0.0, and x + -x is +0.0), so adding a missing +0.0 changes
+nothing: a kernel may skip it, and may use the next power of two as the number of lanes of a row
+shorter than `LANES`.
 
 This is the definition; kernels must equal it bit for bit. It is also what float64 inputs use.
 """
@@ -24,9 +25,7 @@ LANES = 1024
 SEGMENT = 8192
 
 
-def _fold(
-    x: Tensor, identity: float, combine: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _fold(x: Tensor, identity: float, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(
             f"expected a floating-point tensor of shape [rows, n], got {x.dtype} {list(x.shape)}"
@@ -46,7 +45,7 @@ def _fold(
         half = lanes.shape[1] // 2
         lanes = combine(lanes[:, :half], lanes[:, half:])
     total = lanes[:, 0]
-    # Sign and payload of a NaN depend on the CPU and on the order of operands: every NaN becomes this one.
+    # Sign and payload of a NaN depend on the CPU and on the order of operands: one for all.
     return total.masked_fill(total.isnan(), torch.nan)
 
 
@@ -57,7 +56,8 @@ def lane_sum(x: Tensor) -> Tensor:
         x: [rows, n], any floating dtype and strides.
 
     Returns:
-        [rows], unrounded: float64 for float64 input, else float32. NaN is the one quiet NaN 0x7fc00000.
+        [rows], unrounded: float64 for float64 input, else float32. NaN is the positive quiet NaN
+        without payload (0x7fc00000 in float32).
 
     Raises:
         ValueError: x is no floating-point matrix.
@@ -66,5 +66,5 @@ def lane_sum(x: Tensor) -> Tensor:
 
 
 def lane_prod(x: Tensor) -> Tensor:
-    """The product of each row of x: the order of `lane_sum` with * and 1.0 in place of + and 0.0."""
+    """The product of each row of x: `lane_sum` with * and 1.0 in place of + and 0.0."""
     return _fold(x, 1.0, torch.mul)

@@ -183,13 +183,12 @@ def accuracy(
     exact_args = {
         name: value.double()
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-        else value
+        else (None if isinstance(value, torch.dtype) else value)
         for name, value in args.items()
-        if name != "dtype"
     }
     out = run(args)[0]
     exact = op.call(op.reference, exact_args)[0]
-    bound = op.error_bound(**exact_args, dtype=out.dtype)
+    bound = op.error_bound(**{**exact_args, "dtype": out.dtype})
     error = (out.double() - exact).abs()
     # A result beyond the dtype's range is rightly infinite.
     overflow = exact.abs() > torch.finfo(out.dtype).max

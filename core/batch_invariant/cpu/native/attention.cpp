@@ -1,17 +1,20 @@
 // softmax(Q K^T * scale + mask) V, one query row at a time as far as the bits are concerned.
 //
 // Of every query row, in fp32 (operands widened exactly):
-//   score[j] = chain * scale, chain = the serial FMA chain over the head dimension from +0 (gemm.h); an additive
-//     mask is added, rounded again; the score is -inf where the mask is false or -inf or causality forbids j;
+//   score[j] = chain * scale, chain = the serial FMA chain over the head dimension from +0
+//   (gemm.h); an additive
+//     mask is added, rounded again; the score is -inf where the mask is false or -inf or causality
+//     forbids j;
 //   top = the largest score, exactly; p[j] = exp(score[j] - top) (math.h);
-//   total = the serial sum of p over ascending j from +0; acc[d] = the serial FMA chain of p[j] V[j, d] over
+//   total = the serial sum of p over ascending j from +0; acc[d] = the serial FMA chain of p[j]
+//   V[j, d] over
 //     ascending j from +0;
 //   out[d] = acc[d] / total + 0, rounded once; lse = log(total) + top.
-// A key whose score is -inf takes no part, whatever K and V hold there. A row without any other key gives zeros
-// and an lse of -inf. Every NaN is written as the one quiet NaN.
+// A key whose score is -inf takes no part, whatever K and V hold there. A row without any other key
+// gives zeros and an lse of -inf. Every NaN is written as the one quiet NaN.
 //
-// So a row's bits depend on its own query and on the keys that take part in their order: not on the batch, the
-// head, the number of queries, padding on either side, strides or threads.
+// So a row's bits depend on its own query and on the keys that take part in their order: not on the
+// batch, the head, the number of queries, padding on either side, strides or threads.
 #include "gemm.h"
 #include "math.h"
 #include "parallel.h"
@@ -19,7 +22,8 @@
 namespace bi {
 namespace {
 
-// What Python passes. Strides are in elements; the last dimension of Q, K, V and out has unit stride.
+// What Python passes. Strides are in elements; the last dimension of Q, K, V and out has unit
+// stride.
 struct AttentionArgs {
   i64 dtype;  // F32, BF16 or F16: of Q, K, V and out
   i64 batch, q_heads, kv_heads, queries, keys, size, v_size;
@@ -45,13 +49,13 @@ struct AttentionArgs {
 enum MaskKind : i64 { NO_MASK = 0, BOOL_MASK = 1, ADDITIVE_MASK = 2 };
 
 constexpr float INF = __builtin_inff();
-// exp() never gives it, it adds nothing to any chain, and it tells a key that takes no part from one whose
-// weight is too small for fp32.
+// exp() never gives it, it adds nothing to any chain, and it tells a key that takes no part from
+// one whose weight is too small for fp32.
 constexpr float ABSENT = -0.0f;
 constexpr u32 ABSENT_BITS = 0x80000000u;
 
-constexpr i64 WEIGHT_BYTES = 768 << 10;  // of the weights of a task: most of a 1 MiB L2 cache
-constexpr i64 MIN_ROWS = 12, MAX_ROWS = 96;
+constexpr i64 WEIGHT_BYTES = 384 << 10;  // of the weights of a task: they stay in the L2 cache
+constexpr i64 MIN_ROWS = 12, MAX_ROWS = 48;
 constexpr i64 MIN_TASK_WORK = 1 << 18;  // multiply-adds that are worth handing to another thread
 
 constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -77,8 +81,8 @@ BI_INLINE f32x16 load_strided(const T* p, i64 stride, i64 n) {
 struct Attention {
   const AttentionArgs& g;
   const GemmKernel& kernel;
-  i64 group;                      // query heads of one key head
-  i64 task_heads, head_chunks;    // query heads of a task, and how many tasks make up a group
+  i64 group;                    // query heads of one key head
+  i64 task_heads, head_chunks;  // query heads of a task, and how many tasks make up a group
   i64 task_queries, query_chunks;
 
   // The rows of a task: `heads` query heads times `queries` queries, head by head.
@@ -119,16 +123,22 @@ struct Attention {
   f32x16 masked(f32x16 score, const Sight& sight, i64 keys, i64 col) const {
     i64 n = max(min(keys - col, 16), 0);
     if (g.mask_kind == BOOL_MASK) {
-      score = load_bools(reinterpret_cast<const u8*>(sight.mask) + col * g.mask_col, g.mask_col, n) != 0
-                  ? score
-                  : splat(-INF);
+      score =
+          load_bools(reinterpret_cast<const u8*>(sight.mask) + col * g.mask_col, g.mask_col, n) != 0
+              ? score
+              : splat(-INF);
     } else if (g.mask_kind == ADDITIVE_MASK) {
       const char* from = sight.mask + col * g.mask_col * bytes_of(g.mask_dtype);
       f32x16 added;
       switch (g.mask_dtype) {
-        case BF16: added = load_strided(reinterpret_cast<const bf16*>(from), g.mask_col, n); break;
-        case F16: added = load_strided(reinterpret_cast<const f16*>(from), g.mask_col, n); break;
-        default: added = load_strided(reinterpret_cast<const float*>(from), g.mask_col, n);
+        case BF16:
+          added = load_strided(reinterpret_cast<const bf16*>(from), g.mask_col, n);
+          break;
+        case F16:
+          added = load_strided(reinterpret_cast<const f16*>(from), g.mask_col, n);
+          break;
+        default:
+          added = load_strided(reinterpret_cast<const float*>(from), g.mask_col, n);
       }
       score = added == -INF ? splat(-INF) : score + added;
     }
@@ -139,8 +149,8 @@ struct Attention {
   i64 head_blocks() const { return ceil_div(g.size, KC); }
 
   // Scores as [key blocks][rows][LDA], and the largest of each row as 16 lanes.
-  void scores(const Rows& r, const Sight* sights, const float* q, float* panel, float* c, float* out,
-              f32x16* top) const {
+  void scores(const Rows& r, const Sight* sights, const float* q, float* panel, float* c,
+              float* out, f32x16* top) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
     const char* k = g.k + (r.batch * g.k_batch + r.kv_head * g.k_head) * kernel.element_bytes;
     f32x16 scale = splat(static_cast<float>(g.scale));
@@ -150,7 +160,8 @@ struct Attention {
       for (i64 d = 0; d < head_blocks(); d++) {
         i64 units = min(g.size - d * KC, KC);
         const char* from = k + (key * g.k_row + d * KC) * kernel.element_bytes;
-        multiply_nk(kernel, q + d * rows * LDA, from, g.k_row, cols, units, units, rows, panel, c, d == 0);
+        multiply_nk(kernel, q + d * rows * LDA, from, g.k_row, cols, units, units, rows, panel, c,
+                    d == 0);
       }
       float* block = out + key / KC * rows * LDA + key % KC;
       for (i64 i = 0; i < rows; i++) {
@@ -216,8 +227,8 @@ struct Attention {
       const char* from = v + key * g.v_row * kernel.element_bytes;
       if (swept > 0) kernel.sweep(a, from, g.v_row, swept, units, rows, acc, c_panel, key == 0);
       for (i64 j = swept; j * nr < g.v_size; j++) {
-        kernel.pack_panel[0](from + j * nr * kernel.element_bytes, g.v_row, min(g.v_size - j * nr, nr), units, units,
-                             panel);
+        kernel.pack_panel[0](from + j * nr * kernel.element_bytes, g.v_row,
+                             min(g.v_size - j * nr, nr), units, units, panel);
         kernel.multiply(a, panel, units, rows, acc + j * c_panel, key == 0);
       }
     }
@@ -244,7 +255,8 @@ struct Attention {
   template <class T>
   bool write_row(const Rows& r, i64 row, bool none, float total, const float* acc) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
-    T* out = reinterpret_cast<T*>(g.out) + r.batch * g.out_batch + r.head(row) * g.out_head + r.query(row) * g.out_row;
+    T* out = reinterpret_cast<T*>(g.out) + r.batch * g.out_batch + r.head(row) * g.out_head +
+             r.query(row) * g.out_row;
     f32x16 zeros = {};
     for (i64 d = 0; d < g.v_size; d += 16) {
       i64 n = min(g.v_size - d, 16);
@@ -257,7 +269,8 @@ struct Attention {
   }
 
   template <class T>
-  void finish(const Rows& r, const float* p, const float* top, const float* total, float* acc) const {
+  void finish(const Rows& r, const float* p, const float* top, const float* total,
+              float* acc) const {
     for (i64 i = 0; i < r.count(); i++) {
       bool none = top[i] == -INF;
       bool finite = write_row<T>(r, i, none, total[i], acc);
@@ -278,8 +291,15 @@ struct Attention {
     i64 nr = kernel.panel_lanes, rows = r.count(), panels = ceil_div(g.v_size, nr);
     i64 key_blocks = max(ceil_div(r.keys, KC), 1);
     i64 lanes = round_up(rows, 16);
-    i64 sizes[] = {KC * nr, rows * nr, head_blocks() * rows * LDA, key_blocks * rows * LDA, panels * rows * nr,
-                   rows * 16, lanes, lanes, rows * static_cast<i64>(sizeof(Sight) / sizeof(float))};
+    i64 sizes[] = {KC * nr,
+                   rows * nr,
+                   head_blocks() * rows * LDA,
+                   key_blocks * rows * LDA,
+                   panels * rows * nr,
+                   rows * 16,
+                   lanes,
+                   lanes,
+                   rows * static_cast<i64>(sizeof(Sight) / sizeof(float))};
     i64 floats = 0;
     for (i64& size : sizes) {
       i64 at = floats;
@@ -289,19 +309,23 @@ struct Attention {
     Scratch scratch(floats * static_cast<i64>(sizeof(float)));
     if (scratch.data == nullptr) return OUT_OF_MEMORY;
     float* base = scratch.as<float>();
-    float *panel = base + sizes[0], *c = base + sizes[1], *q = base + sizes[2], *p = base + sizes[3];
+    float *panel = base + sizes[0], *c = base + sizes[1], *q = base + sizes[2],
+          *p = base + sizes[3];
     float *acc = base + sizes[4], *top = base + sizes[6], *total = base + sizes[7];
     f32x16* top_lanes = reinterpret_cast<f32x16*>(base + sizes[5]);
     Sight* sights = reinterpret_cast<Sight*>(base + sizes[8]);
     for (i64 i = 0; i < rows; i++) sights[i] = sight(r, i);
 
-    if (r.keys == 0) __builtin_memset(acc, 0, static_cast<size_t>(panels * rows * nr) * sizeof(float));
+    if (r.keys == 0)
+      __builtin_memset(acc, 0, static_cast<size_t>(panels * rows * nr) * sizeof(float));
     for (i64 d = 0; d < head_blocks(); d++) {
       i64 units = min(g.size - d * KC, KC);
       for (i64 h = 0; h < r.heads; h++) {
-        const char* from = g.q + (r.batch * g.q_batch + (r.head0 + h) * g.q_head + r.query0 * g.q_row + d * KC) *
-                                     kernel.element_bytes;
-        kernel.pack_rows(from, g.q_row, r.queries, units, units, q + (d * rows + h * r.queries) * LDA);
+        const char* from =
+            g.q + (r.batch * g.q_batch + (r.head0 + h) * g.q_head + r.query0 * g.q_row + d * KC) *
+                      kernel.element_bytes;
+        kernel.pack_rows(from, g.q_row, r.queries, units, units,
+                         q + (d * rows + h * r.queries) * LDA);
       }
     }
     if (g.size == 0) __builtin_memset(c, 0, static_cast<size_t>(rows * nr) * sizeof(float));
@@ -311,9 +335,14 @@ struct Attention {
     totals(r, p, total);
     values(r, p, panel, acc);
     switch (g.dtype) {
-      case F32: finish<float>(r, p, top, total, acc); break;
-      case BF16: finish<bf16>(r, p, top, total, acc); break;
-      default: finish<f16>(r, p, top, total, acc);
+      case F32:
+        finish<float>(r, p, top, total, acc);
+        break;
+      case BF16:
+        finish<bf16>(r, p, top, total, acc);
+        break;
+      default:
+        finish<f16>(r, p, top, total, acc);
     }
     return OK;
   }
@@ -326,11 +355,14 @@ BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) {
   using namespace bi;
   const AttentionArgs& g = *args;
   if (g.dtype != F32 && g.dtype != BF16 && g.dtype != F16) return BAD_DTYPE;
-  if (g.mask_kind == ADDITIVE_MASK && g.mask_dtype != F32 && g.mask_dtype != BF16 && g.mask_dtype != F16) {
+  if (g.mask_kind == ADDITIVE_MASK && g.mask_dtype != F32 && g.mask_dtype != BF16 &&
+      g.mask_dtype != F16) {
     return BAD_DTYPE;
   }
-  if (min(min(min(g.batch, g.q_heads), min(g.queries, g.keys)), min(min(g.size, g.v_size), g.kv_heads)) < 0 ||
-      g.mask_kind < NO_MASK || g.mask_kind > ADDITIVE_MASK || (g.causal && g.mask_kind != NO_MASK)) {
+  if (min(min(min(g.batch, g.q_heads), min(g.queries, g.keys)),
+          min(min(g.size, g.v_size), g.kv_heads)) < 0 ||
+      g.mask_kind < NO_MASK || g.mask_kind > ADDITIVE_MASK ||
+      (g.causal && g.mask_kind != NO_MASK)) {
     return BAD_ARGUMENT;
   }
   if (g.batch == 0 || g.q_heads == 0 || g.queries == 0) return OK;
@@ -344,18 +376,20 @@ BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) {
   a.query_chunks = ceil_div(g.queries, a.task_queries);
   i64 tasks = g.batch * g.kv_heads * a.query_chunks;
   // The heads of a group share the packed keys and values, unless threads would be idle for it.
-  a.head_chunks = max(ceil_div(a.group, max(rows / a.task_queries, 1)), min(a.group, ceil_div(g.threads, tasks)));
+  a.head_chunks = max(ceil_div(a.group, max(rows / a.task_queries, 1)),
+                      min(a.group, ceil_div(g.threads, tasks)));
   a.task_heads = ceil_div(a.group, a.head_chunks);
   a.head_chunks = ceil_div(a.group, a.task_heads);
   tasks *= a.head_chunks;
 
   i64 work = a.task_heads * a.task_queries * max(g.keys * (g.size + g.v_size), 1);
   i64 grain = ceil_div(MIN_TASK_WORK, work);
-  return parallel_for(static_cast<int>(g.threads), ceil_div(tasks, grain), [&](i64 first) -> Status {
-    for (i64 task = first * grain; task < min(tasks, (first + 1) * grain); task++) {
-      Status status = a.run(task);
-      if (status != OK) return status;
-    }
-    return OK;
-  });
+  return parallel_for(
+      static_cast<int>(g.threads), ceil_div(tasks, grain), [&](i64 first) -> Status {
+        for (i64 task = first * grain; task < min(tasks, (first + 1) * grain); task++) {
+          Status status = a.run(task);
+          if (status != OK) return status;
+        }
+        return OK;
+      });
 }

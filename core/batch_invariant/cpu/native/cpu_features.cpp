@@ -1,4 +1,5 @@
-// What this CPU can run. Compiled for the baseline CPU, since it decides whether the rest may be called.
+// What this CPU can run. Compiled for the baseline CPU, since it decides whether the rest may be
+// called.
 #include "cpu_features.h"
 
 #if defined(__x86_64__)
@@ -36,7 +37,8 @@ u32 detect() {
   u32 a, b, c, d;
   if (__get_cpuid_max(0, nullptr) < 7) return 0;
   __cpuid(1, a, b, c, d);
-  constexpr u32 FMA = 1u << 12, MOVBE = 1u << 22, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29;
+  constexpr u32 FMA = 1u << 12, MOVBE = 1u << 22, OSXSAVE = 1u << 27, AVX = 1u << 28,
+                F16C = 1u << 29;
   if (!has_all(c, FMA | MOVBE | OSXSAVE | AVX | F16C)) return 0;
   u64 state = enabled_state();
   constexpr u64 YMM = 0x6, ZMM = 0xe6, TILES = 0x60000;

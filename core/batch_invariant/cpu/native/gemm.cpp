@@ -1,10 +1,11 @@
-// C = alpha * A B + beta * addend for one matrix or a batch of them: the schedule and the last rounding.
+// C = alpha * A B + beta * addend for one matrix or a batch: the schedule and the last rounding.
 //
-// The bits of an element of C are those of its own chain over k (gemm.h names the orders), then, in the
-// accumulator's precision, alpha * chain if alpha != 1, then fma(beta, addend, that) if there is an addend,
-// then one rounding to the dtype of C. Every NaN is written as the one quiet NaN without sign or payload: which
-// of two NaNs an FMA keeps is up to the compiler. Nothing here depends on M, N, the batch, the strides or the
-// threads except the order in which independent elements are computed.
+// The bits of an element of C are those of its own chain over k (gemm.h names the orders), then, in
+// the accumulator's precision, alpha * chain if alpha != 1, then fma(beta, addend, that) if there
+// is an addend, then one rounding to the dtype of C. Every NaN is written as the one quiet NaN
+// without sign or payload: which of two NaNs an FMA keeps is up to the compiler. Nothing here
+// depends on M, N, the batch, the strides or the threads except the order in which independent
+// elements are computed.
 #include "gemm.h"
 
 #include "parallel.h"
@@ -59,15 +60,16 @@ struct Lanes<double> {
 
 // Rounds accumulators [panels][rows_of_a_panel][nr] into rows of C.
 template <class T, class Acc>
-void finish(const Problem& g, const void* accumulators, i64 rows_of_a_panel, i64 nr, i64 batch, i64 row0, i64 rows,
-            i64 col0, i64 cols) {
+void finish(const Problem& g, const void* accumulators, i64 rows_of_a_panel, i64 nr, i64 batch,
+            i64 row0, i64 rows, i64 col0, i64 cols) {
   using Vector = typename Lanes<T>::Vector;
   constexpr i64 LANES = sizeof(Vector) / sizeof(Acc);
   const Acc* acc = static_cast<const Acc*>(accumulators);
   const Vector alpha = splat(static_cast<Acc>(g.alpha)), beta = splat(static_cast<Acc>(g.beta));
   const bool scaled = g.alpha != 1.0;
   const T* addend = reinterpret_cast<const T*>(g.addend);
-  if (addend != nullptr) addend += batch * g.addend_batch + row0 * g.addend_row + col0 * g.addend_col;
+  if (addend != nullptr)
+    addend += batch * g.addend_batch + row0 * g.addend_row + col0 * g.addend_col;
   T* c = reinterpret_cast<T*>(g.c) + batch * g.c_batch + row0 * g.c_row + col0 * g.c_col;
   for (i64 i = 0; i < rows; i++, c += g.c_row) {
     for (i64 j = 0; j < cols; j += LANES) {
@@ -100,10 +102,14 @@ using Finish = void (*)(const Problem&, const void*, i64, i64, i64, i64, i64, i6
 
 Finish finish_for(i64 out_dtype) {
   switch (out_dtype) {
-    case F32: return finish<float, float>;
-    case F64: return finish<double, double>;
-    case BF16: return finish<bf16, float>;
-    case F16: return finish<f16, float>;
+    case F32:
+      return finish<float, float>;
+    case F64:
+      return finish<double, double>;
+    case BF16:
+      return finish<bf16, float>;
+    case F16:
+      return finish<f16, float>;
   }
   return nullptr;
 }
@@ -114,18 +120,20 @@ constexpr i64 SWEEP_COLS = 1024;
 constexpr i64 WHOLE_A_BYTES = 1 << 20;
 constexpr i64 TASKS_PER_THREAD = 8;  // enough that a slow thread does not hold up the others
 constexpr i64 SWEEPS_PER_THREAD = 2;
-constexpr i64 MIN_TASK_WORK = 1 << 18;  // multiply-adds that are worth handing to another thread
+constexpr i64 MIN_TASK_WORK = 1 << 18;  // multiply-adds that are worth handing to another thread;
+constexpr i64 ROWS_OF_LOADING = 6;  // reading a column of B costs as much as so many rows of them
 
-// How the work is cut. A task is a block of rows times a chunk of columns of one matrix of the batch.
+// How the work is cut. A task is a block of rows times a chunk of columns of one matrix.
 struct Plan {
   const GemmKernel* kernel;
   Finish finish;
-  i64 units, k_blocks;  // packed units of K, and how many blocks of KC they make
+  i64 units;                  // packed units of K
+  i64 k_blocks, block_units;  // cut into blocks of at most KC, nearly equal
   i64 row_blocks, block_rows;
   i64 col_chunks, chunk_cols;
-  bool whole_a;         // all k blocks of a task's rows are packed at once
-  bool sweep;           // B is read as [K, N] in place
-  bool panels_first;    // a panel of C is finished before the next is begun
+  bool whole_a;       // all k blocks of a task's rows are packed at once
+  bool sweep;         // B is read as [K, N] in place
+  bool panels_first;  // a panel of C is finished before the next is begun
 };
 
 Plan make_plan(const Problem& g, const GemmKernel* kernel) {
@@ -133,14 +141,17 @@ Plan make_plan(const Problem& g, const GemmKernel* kernel) {
   p.kernel = kernel;
   p.finish = finish_for(g.out_dtype);
   p.units = round_up(ceil_div(g.K, kernel->k_per_unit), kernel->unit_multiple);
-  p.k_blocks = ceil_div(p.units, KC);
+  p.block_units = round_up(ceil_div(p.units, max(ceil_div(p.units, KC), 1)), STREAM_UNITS);
+  p.k_blocks = p.units == 0 ? 0 : ceil_div(p.units, p.block_units);
   p.row_blocks = ceil_div(g.M, MAX_ROWS);
   p.block_rows = round_up(ceil_div(g.M, p.row_blocks), kernel->row_multiple);
   p.whole_a = p.block_rows * p.k_blocks * LDA * kernel->unit_bytes <= WHOLE_A_BYTES;
   p.sweep = g.b_layout == 0 && g.M <= kernel->sweep_rows;
   p.panels_first = p.whole_a && !p.sweep;
-  i64 wanted = ceil_div(g.threads * (p.sweep ? SWEEPS_PER_THREAD : TASKS_PER_THREAD), g.batch * p.row_blocks);
-  p.chunk_cols = min(round_up(ceil_div(g.N, wanted), kernel->panel_lanes), p.sweep ? SWEEP_COLS : MAX_COLS);
+  i64 wanted = ceil_div(g.threads * (p.sweep ? SWEEPS_PER_THREAD : TASKS_PER_THREAD),
+                        g.batch * p.row_blocks);
+  p.chunk_cols =
+      min(round_up(ceil_div(g.N, wanted), kernel->panel_lanes), p.sweep ? SWEEP_COLS : MAX_COLS);
   p.col_chunks = ceil_div(g.N, p.chunk_cols);
   return p;
 }
@@ -151,9 +162,10 @@ struct Gemm {
   const GemmKernel& kernel;
 
   // Sizes and places of packed blocks.
-  i64 block_units(i64 block) const { return min(p.units - block * KC, KC); }
+  i64 block_units(i64 block) const { return min(p.units - block * p.block_units, p.block_units); }
+  i64 block_start(i64 block) const { return block * p.block_units * kernel.k_per_unit; }
   i64 block_ks(i64 block) const {
-    return max(0, min(g.K - block * KC * kernel.k_per_unit, KC * kernel.k_per_unit));
+    return max(0, min(g.K - block_start(block), p.block_units * kernel.k_per_unit));
   }
   i64 a_block_bytes() const { return p.block_rows * LDA * kernel.unit_bytes; }
   i64 panel_bytes() const { return KC * kernel.panel_lanes * kernel.unit_bytes; }
@@ -166,21 +178,25 @@ struct Gemm {
   }
 
   void pack_a(i64 batch, i64 row0, i64 rows, i64 block, char* out) const {
-    i64 k = block * KC * kernel.k_per_unit;
+    i64 k = block_start(block);
     const char* a = g.a + (batch * g.a_batch + row0 * g.a_row + k) * kernel.element_bytes;
     kernel.pack_rows(a, g.a_row, rows, block_ks(block), block_units(block), out);
   }
 
   // Adds what `block` gives to one panel of C, as [K, N] from its unit `from` on.
-  void multiply_panel(const char* a, i64 batch, i64 col, i64 block, i64 from, i64 rows, char* panel, char* c) const {
-    i64 units = block_units(block), ks = block_ks(block), k0 = block * KC * kernel.k_per_unit;
+  void multiply_panel(const char* a, i64 batch, i64 col, i64 block, i64 from, i64 rows, char* panel,
+                      char* c) const {
+    i64 units = block_units(block), ks = block_ks(block), k0 = block_start(block);
     i64 cols = min(g.N - col, kernel.panel_lanes);
     if (g.b_layout == 1) {
-      multiply_nk(kernel, a, b_at(batch, col, k0), g.b_row, cols, ks, units, rows, panel, c, block == 0);
+      multiply_nk(kernel, a, b_at(batch, col, k0), g.b_row, cols, ks, units, rows, panel, c,
+                  block == 0);
     } else if (from < units) {
       i64 skipped = from * kernel.k_per_unit;
-      kernel.pack_panel[0](b_at(batch, col, k0 + skipped), g.b_row, cols, ks - skipped, units - from, panel);
-      kernel.multiply(a + from * kernel.unit_bytes, panel, units - from, rows, c, block == 0 && from == 0);
+      kernel.pack_panel[0](b_at(batch, col, k0 + skipped), g.b_row, cols, ks - skipped,
+                           units - from, panel);
+      kernel.multiply(a + from * kernel.unit_bytes, panel, units - from, rows, c,
+                      block == 0 && from == 0);
     }
   }
 
@@ -219,12 +235,12 @@ struct Gemm {
         if (!p.whole_a) pack_a(batch, row0, rows, k, own_a);
         i64 swept_panels = p.sweep ? cols / nr : 0, swept_units = block_ks(k) / kernel.k_per_unit;
         if (swept_panels > 0) {
-          kernel.sweep(a, b_at(batch, col0, k * KC * kernel.k_per_unit), g.b_row, swept_panels, swept_units, rows, c,
-                       c_panel_elements(), k == 0);
+          kernel.sweep(a, b_at(batch, col0, block_start(k)), g.b_row, swept_panels, swept_units,
+                       rows, c, c_panel_elements(), k == 0);
         }
         for (i64 j = 0; j < panels; j++) {
-          multiply_panel(a, batch, col0 + j * nr, k, j < swept_panels ? swept_units : 0, rows, panel,
-                         c + j * c_panel_bytes());
+          multiply_panel(a, batch, col0 + j * nr, k, j < swept_panels ? swept_units : 0, rows,
+                         panel, c + j * c_panel_bytes());
         }
       }
       p.finish(g, c, p.block_rows, nr, batch, row0, rows, col0, cols);
@@ -235,27 +251,30 @@ struct Gemm {
 
   Status run_all() const {
     i64 tasks = g.batch * p.row_blocks * p.col_chunks;
-    bool share_a = p.whole_a && g.batch == 1 && p.row_blocks == 1 && p.col_chunks > 1 && p.k_blocks > 0;
+    bool share_a =
+        p.whole_a && g.batch == 1 && p.row_blocks == 1 && p.col_chunks > 1 && p.k_blocks > 0;
     Scratch shared(share_a ? p.k_blocks * a_block_bytes() : 0);
     if (shared.data == nullptr) return OUT_OF_MEMORY;
     if (share_a) {
-      for (i64 k = 0; k < p.k_blocks; k++) pack_a(0, 0, g.M, k, shared.as<char>() + k * a_block_bytes());
+      for (i64 k = 0; k < p.k_blocks; k++)
+        pack_a(0, 0, g.M, k, shared.as<char>() + k * a_block_bytes());
     }
     const char* packed_a = share_a ? shared.as<char>() : nullptr;
-    i64 work = p.block_rows * p.chunk_cols * max(g.K, 1);
+    i64 work = (p.block_rows + ROWS_OF_LOADING) * p.chunk_cols * max(g.K, 1);
     i64 group = ceil_div(MIN_TASK_WORK, work);  // tiny matrices share a task
-    return parallel_for(static_cast<int>(g.threads), ceil_div(tasks, group), [&](i64 first) -> Status {
-      for (i64 task = first * group; task < min(tasks, (first + 1) * group); task++) {
-        Status status = run(task, packed_a);
-        if (status != OK) return status;
-      }
-      return OK;
-    });
+    return parallel_for(
+        static_cast<int>(g.threads), ceil_div(tasks, group), [&](i64 first) -> Status {
+          for (i64 task = first * group; task < min(tasks, (first + 1) * group); task++) {
+            Status status = run(task, packed_a);
+            if (status != OK) return status;
+          }
+          return OK;
+        });
   }
 };
 
-// A product with few columns and many rows is computed as its transpose, whose few rows take the paths that
-// read the larger operand once and in place. a * b = b * a, so every chain keeps its bits.
+// A product with few columns and many rows is computed as its transpose, whose few rows take the
+// paths that read the larger operand in place. a * b = b * a, so every chain keeps its bits.
 void with_few_rows(Problem& g, const GemmKernel& kernel) {
   if (g.N == 1 && g.b_layout == 0 && g.b_row == 1) g.b_layout = 1;
   if (g.b_layout != 1 || g.N > kernel.stream_rows || g.M <= g.N) return;
@@ -287,13 +306,15 @@ BI_EXPORT bi::i32 bi_bf16_order_supported(bi::i32 order) {
 BI_EXPORT bi::i32 bi_gemm(const bi::GemmArgs* args) {
   using namespace bi;
   Problem g{*args};
-  if (g.M < 0 || g.N < 0 || g.K < 0 || g.batch < 0 || (g.b_layout != 0 && g.b_layout != 1)) return BAD_ARGUMENT;
+  if (g.M < 0 || g.N < 0 || g.K < 0 || g.batch < 0 || (g.b_layout != 0 && g.b_layout != 1))
+    return BAD_ARGUMENT;
   if (finish_for(g.out_dtype) == nullptr) return BAD_DTYPE;
   bool widened = (g.dtype == BF16 || g.dtype == F16) && g.out_dtype == F32;
   if (g.out_dtype != g.dtype && !widened) return BAD_DTYPE;
   const GemmKernel* kernel =
-      g.dtype == BF16 ? bf16_kernel(g.bf16_order < 0 ? bf16_order() : static_cast<Bf16Order>(g.bf16_order))
-                      : fma_kernel(static_cast<DType>(g.dtype));
+      g.dtype == BF16
+          ? bf16_kernel(g.bf16_order < 0 ? bf16_order() : static_cast<Bf16Order>(g.bf16_order))
+          : fma_kernel(static_cast<DType>(g.dtype));
   if (kernel == nullptr) return g.dtype == BF16 ? BAD_ARGUMENT : BAD_DTYPE;
   if (g.M == 0 || g.N == 0 || g.batch == 0) return OK;
   if (g.beta == 0.0) g.addend = nullptr;

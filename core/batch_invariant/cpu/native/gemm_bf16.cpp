@@ -1,5 +1,5 @@
-// The GEMM kernels of bf16 instructions. They are compiled for CPUs that have them and are reached only
-// after cpu_features() said so.
+// The GEMM kernels of bf16 instructions. They are compiled for CPUs that have them and are reached
+// only after cpu_features() said so.
 #include "cpu_features.h"
 #include "gemm.h"
 
@@ -9,16 +9,18 @@ namespace bi {
 namespace {
 
 constexpr i64 NR = 32;
-constexpr int DOT_STREAM_ROWS = 8;  // more would not leave registers for the transposes
+constexpr int DOT_STREAM_ROWS = 6;  // more would not leave registers for the transposes
 
 void pack_rows_of_pairs(const void* a, i64 stride, i64 rows, i64 ks, i64 units, void* out) {
   pack_rows<ToPair>(static_cast<const bf16*>(a), stride, rows, ks, units, static_cast<float*>(out));
 }
 void pack_kn(const void* b, i64 stride, i64 cols, i64 ks, i64 units, void* out) {
-  pack_panel_kn<ToPair, NR>(static_cast<const bf16*>(b), stride, cols, ks, units, static_cast<float*>(out));
+  pack_panel_kn<ToPair, NR>(static_cast<const bf16*>(b), stride, cols, ks, units,
+                            static_cast<float*>(out));
 }
 void pack_nk(const void* b, i64 stride, i64 cols, i64 ks, i64 units, void* out) {
-  pack_panel_nk<ToPair, NR>(static_cast<const bf16*>(b), stride, cols, ks, units, static_cast<float*>(out));
+  pack_panel_nk<ToPair, NR>(static_cast<const bf16*>(b), stride, cols, ks, units,
+                            static_cast<float*>(out));
 }
 
 }  // namespace
@@ -41,19 +43,23 @@ struct Dot {
 };
 
 void multiply_dot(const void* a, const void* b, i64 units, i64 rows, void* c, bool first) {
-  multiply_block<Dot, TILE_ROWS, TILE_VECTORS>(static_cast<const float*>(a), static_cast<const float*>(b),
-                                               units, rows, static_cast<float*>(c), first);
+  multiply_block<Dot, TILE_ROWS, TILE_VECTORS>(static_cast<const float*>(a),
+                                               static_cast<const float*>(b), units, rows,
+                                               static_cast<float*>(c), first);
 }
 
-void stream_dot(const void* a, const void* b, i64 stride, i64 cols, i64 units, i64 rows, void* c, bool first) {
-  stream_rows<ToPair, Dot, DOT_STREAM_ROWS, TILE_VECTORS>(rows, static_cast<const float*>(a), static_cast<const bf16*>(b),
-                                                      stride, cols, units, static_cast<float*>(c), first);
+void stream_dot(const void* a, const void* b, i64 stride, i64 cols, i64 units, i64 rows, void* c,
+                bool first) {
+  stream_rows<ToPair, Dot, DOT_STREAM_ROWS, TILE_VECTORS>(rows, static_cast<const float*>(a),
+                                                          static_cast<const bf16*>(b), stride, cols,
+                                                          units, static_cast<float*>(c), first);
 }
 
-void sweep_dot(const void* a, const void* b, i64 stride, i64 panels, i64 units, i64 rows, void* c, i64 c_panel,
-               bool first) {
-  sweep_rows<ToPair, Dot, SWEEP_ROWS, TILE_VECTORS>(rows, static_cast<const float*>(a), static_cast<const bf16*>(b),
-                                                    stride, panels, units, static_cast<float*>(c), c_panel, first);
+void sweep_dot(const void* a, const void* b, i64 stride, i64 panels, i64 units, i64 rows, void* c,
+               i64 c_panel, bool first) {
+  sweep_rows<ToPair, Dot, SWEEP_ROWS, TILE_VECTORS>(rows, static_cast<const float*>(a),
+                                                    static_cast<const bf16*>(b), stride, panels,
+                                                    units, static_cast<float*>(c), c_panel, first);
 }
 
 }  // namespace
@@ -135,14 +141,43 @@ void multiply_amx(const void* a, const void* b, i64 units, i64 rows, void* c, bo
 namespace bi {
 
 const GemmKernel* bf16_kernel(Bf16Order order) {
-  static constexpr GemmKernel amx = {2, 4, 2, TILE, TILE, NR, pack_rows_of_pairs, {pack_kn, pack_nk},
-                                     multiply_amx, 0, nullptr, 0, nullptr, begin_amx, end_amx};
-  static constexpr GemmKernel dot = {2, 4, 2, 1, 1, NR, pack_rows_of_pairs, {pack_kn, pack_nk},
-                                     multiply_dot, DOT_STREAM_ROWS, stream_dot, SWEEP_ROWS, sweep_dot, nullptr, nullptr};
+  static constexpr GemmKernel amx = {2,
+                                     4,
+                                     2,
+                                     TILE,
+                                     TILE,
+                                     NR,
+                                     pack_rows_of_pairs,
+                                     {pack_kn, pack_nk},
+                                     multiply_amx,
+                                     0,
+                                     nullptr,
+                                     0,
+                                     nullptr,
+                                     begin_amx,
+                                     end_amx};
+  static constexpr GemmKernel dot = {2,
+                                     4,
+                                     2,
+                                     1,
+                                     1,
+                                     NR,
+                                     pack_rows_of_pairs,
+                                     {pack_kn, pack_nk},
+                                     multiply_dot,
+                                     DOT_STREAM_ROWS,
+                                     stream_dot,
+                                     SWEEP_ROWS,
+                                     sweep_dot,
+                                     nullptr,
+                                     nullptr};
   switch (order) {
-    case BF16_AMX: return (cpu_features() & CPU_AMX_BF16) != 0 ? &amx : nullptr;
-    case BF16_DOT: return (cpu_features() & CPU_AVX512_BF16) != 0 ? &dot : nullptr;
-    case BF16_SERIAL: return fma_kernel(BF16);
+    case BF16_AMX:
+      return (cpu_features() & CPU_AMX_BF16) != 0 ? &amx : nullptr;
+    case BF16_DOT:
+      return (cpu_features() & CPU_AVX512_BF16) != 0 ? &dot : nullptr;
+    case BF16_SERIAL:
+      return fma_kernel(BF16);
   }
   return nullptr;
 }
@@ -153,7 +188,9 @@ const GemmKernel* bf16_kernel(Bf16Order order) {
 
 namespace bi {
 
-const GemmKernel* bf16_kernel(Bf16Order order) { return order == BF16_SERIAL ? fma_kernel(BF16) : nullptr; }
+const GemmKernel* bf16_kernel(Bf16Order order) {
+  return order == BF16_SERIAL ? fma_kernel(BF16) : nullptr;
+}
 
 }  // namespace bi
 

@@ -1,10 +1,12 @@
-// exp and log in fp32 whose bits are the same on every device: only IEEE +, -, *, fma, comparisons and
-// integer operations on the bits, in the order written here, and no libm. Each is a template over the
-// vector type, so that a scalar, any width, and a Triton or Pallas copy of the same steps agree.
+// exp and log in fp32 whose bits are the same on every device: only IEEE +, -, *, fma, comparisons
+// and integer operations on the bits, in the order written here, and no libm. Each is a template
+// over the vector type, so that a scalar, any width, and a Triton or Pallas copy of the same steps
+// agree.
 //
-// How the polynomials were made: Remez exchange in 50 digits (mpmath) for the least relative error of the
-// whole function on the reduced interval, coefficients rounded to fp32, then moved by single ulps as long
-// as the largest error on a grid of 4001 points fell. Errors below are in units of 2^-24 relative.
+// How the polynomials were made: Remez exchange in 50 digits (mpmath) for the least relative error
+// of the whole function on the reduced interval, coefficients rounded to fp32, then moved by single
+// ulps as long as the largest error on a grid of 4000 points fell. Errors of polynomials are given
+// in units of 2^-24, relative. tests/test_native_math.py repeats the steps in float64 torch.
 #pragma once
 #include "simd.h"
 
@@ -35,7 +37,8 @@ constexpr float NAN_F32 = __builtin_nanf("");  // 0x7fc00000: the one NaN that k
 template <class V>
 BI_INLINE V scale_by_power(V x, V n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(x), bit_cast<__m512>(n)));
+  if constexpr (sizeof(V) == 64)
+    return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(x), bit_cast<__m512>(n)));
 #endif
   // Two exact-or-final steps: the first product is a normal number, so only the second one rounds.
   Integer<V> whole = bit_cast<Integer<V>>(n + 12582912.0f) - 0x4b400000;
@@ -45,17 +48,17 @@ BI_INLINE V scale_by_power(V x, V n) {
   return x * first * second;
 }
 
-// e^x. Largest error over all 2^32 inputs: 0.877 ulp, denormal results included; exp(-0) = exp(0) = 1,
+// e^x. Largest error over all 2^32 inputs: 0.877 ulp, denormal results included. exp(+-0) = 1,
 // exp(-inf) = 0, exp(inf) = inf, NaN gives NaN.
-//   x is first clamped to [-104, 89], beyond which the result is 0 or inf;
-//   n = the whole number nearest to x log2(e) (by adding and subtracting 1.5 * 2^23);
-//   r = high + low = x - n ln(2), high = fma(-n, 0x1.62e430p-1, x) (exact), low = n * 0x1.05c610p-29;
-//   e^r = 1 + (high + (low + r^2 q(r))), q of degree 4 by Horner in FMAs (error 0.053 on |r| <= ln(2)/2);
-//   e^x = e^r 2^n, rounded once.
+//  - x is clamped to [-104, 89], beyond which the result is 0 or inf;
+//  - n = the whole number nearest to x log2(e), by adding and subtracting 1.5 * 2^23;
+//  - r = high + low = x - n ln(2): high = fma(-n, 0x1.62e430p-1, x), low = n * 0x1.05c610p-29;
+//  - e^r = 1 + (high + (low + r^2 q(r))), q of degree 4 by Horner in FMAs (error 0.053);
+//  - e^x = e^r 2^n, rounded once.
 template <class V>
 BI_INLINE V exp(V x) {
   constexpr V zero = {};
-  constexpr float TO_WHOLE = 12582912.0f;  // 1.5 * 2^23: one ulp here is 1
+  constexpr float TO_WHOLE = 12582912.0f;   // 1.5 * 2^23: one ulp here is 1
   x = x > zero + 89.0f ? zero + 89.0f : x;  // comparisons written so that NaN passes
   x = x < zero - 104.0f ? zero - 104.0f : x;
   V n = fma(x, zero + 0x1.715476p+0f, zero + TO_WHOLE) - TO_WHOLE;
@@ -69,12 +72,12 @@ BI_INLINE V exp(V x) {
   return scale_by_power(high + fma(r * r, q, low) + 1.0f, n);
 }
 
-// Natural logarithm. Largest error over all 2^32 inputs: 0.923 ulp; denormal inputs are exact numbers
-// like any other, log(+-0) = -inf, log(inf) = inf, log of a negative number or NaN is NaN, log(1) = +0.
-//   a denormal x is multiplied by 2^23 and k starts at -23;
-//   x = 2^k (1 + f) with 1 + f in [0x3f3504f3 read as bits, twice that), about sqrt(1/2) .. sqrt(2);
-//   log(1 + f) = f + (-f^2/2 + f^3 q(f)), q of degree 7 by Horner in FMAs (error 0.10);
-//   log x = k * 0x1.62e4p-1 (exact) + (f + (k * 0x1.7f7d1cp-20 + that)), every sum rounded once.
+// Natural logarithm. Largest error over all 2^32 inputs: 0.923 ulp, denormal inputs included.
+// log(1) = +0, log(+-0) = -inf, log(inf) = inf, a negative number or NaN gives NaN.
+//  - a denormal x is multiplied by 2^23, and 23 is taken off k;
+//  - x = 2^k (1 + f), the bits of 1 + f being at least 0x3f3504f3 (sqrt(1/2)) and below twice that;
+//  - log(1 + f) = f + f^2 (-1/2 + f q(f)), q of degree 7 by Horner in FMAs (error 0.10);
+//  - log x = k * 0x1.62e4p-1 + (f + (k * 0x1.7f7d1cp-20 + f^2 (...))), each sum an FMA or rounded.
 template <class V>
 BI_INLINE V log(V x) {
   using I = Integer<V>;

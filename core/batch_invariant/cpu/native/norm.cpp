@@ -7,7 +7,9 @@
 namespace bi {
 namespace {
 
-BI_INLINE float rsqrt(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
+BI_INLINE float rsqrt(float mean_square, float eps) {
+  return 1.0f / __builtin_sqrtf(mean_square + eps);
+}
 
 // A weight or bias of the input's type or fp32, or none: at most one of the pointers is set.
 template <class T>
@@ -45,7 +47,8 @@ struct RmsNorm {
     float squares = reduce_row<Sum>(variance_size, Squares<T, RESIDUAL>{from, other});
     float r = rsqrt(squares / static_cast<float>(variance_size), eps);
     if (rstd != nullptr) rstd[index] = one_nan(r);
-    T* kept = RESIDUAL && residual_out != nullptr ? residual_out + index * residual_out_stride : nullptr;
+    T* kept =
+        RESIDUAL && residual_out != nullptr ? residual_out + index * residual_out_stride : nullptr;
     for_vectors(n, [=, w = weight](i64 i, i64 count) __attribute__((always_inline)) {
       f32x16 s = load_part(from + i, count);
       if constexpr (RESIDUAL) s = s + load_part(other + i, count);
@@ -126,7 +129,9 @@ template <class T>
 struct GradientProducts {
   WeightedGradient<T> h;
   Normalized<T> c;
-  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const { return h(i, count) * c(i, count); }
+  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const {
+    return h(i, count) * c(i, count);
+  }
 };
 
 template <class T>
@@ -139,10 +144,12 @@ struct NormBackward {
   template <class Out>
   void row(i64 index, Out* to) const {
     WeightedGradient<T> h{g + index * g_stride, weight};
-    Normalized<T> c{x + index * x_stride, residual == nullptr ? nullptr : residual + index * residual_stride,
+    Normalized<T> c{x + index * x_stride,
+                    residual == nullptr ? nullptr : residual + index * residual_stride,
                     mean == nullptr ? 0.0f : mean[index], rstd[index]};
     float h_mean = mean == nullptr ? 0.0f : reduce_row<Sum>(n, h) / static_cast<float>(n);
-    float projection = reduce_row<Sum>(n, GradientProducts<T>{h, c}) / static_cast<float>(variance_size);
+    float projection =
+        reduce_row<Sum>(n, GradientProducts<T>{h, c}) / static_cast<float>(variance_size);
     for_vectors(n, [=, v_size = variance_size](i64 i, i64 count) __attribute__((always_inline)) {
       f32x16 back = h(i, count) - h_mean;
       back = first_lanes(back - c(i, count) * projection, v_size - i, back);
@@ -155,8 +162,9 @@ struct NormBackward {
 template <class Body>
 Status with_norm_dtypes(i32 dtype, i32 weight_dtype, i32 out_dtype, Body body) {
   if (weight_dtype != dtype && weight_dtype != F32) return BAD_DTYPE;
-  return with_dtypes(dtype, out_dtype,
-                     [&](auto in, auto result) -> Status { return body(in, result, weight_dtype != dtype); });
+  return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
+    return body(in, result, weight_dtype != dtype);
+  });
 }
 
 }  // namespace
@@ -164,80 +172,87 @@ Status with_norm_dtypes(i32 dtype, i32 weight_dtype, i32 out_dtype, Body body) {
 
 using namespace bi;
 
-BI_EXPORT i32 bi_rms_norm(i32 dtype, i32 weight_dtype, i32 out_dtype, i64 rows, i64 n, i64 variance_size, const void* x,
-                          i64 x_stride, const void* residual, i64 residual_stride, const void* weight, double eps,
-                          void* out, i64 out_stride, void* residual_out, i64 residual_out_stride, float* rstd,
+BI_EXPORT i32 bi_rms_norm(i32 dtype, i32 weight_dtype, i32 out_dtype, i64 rows, i64 n,
+                          i64 variance_size, const void* x, i64 x_stride, const void* residual,
+                          i64 residual_stride, const void* weight, double eps, void* out,
+                          i64 out_stride, void* residual_out, i64 residual_out_stride, float* rstd,
                           i32 threads) {
   if (rows < 0 || n < 0 || variance_size < 0 || variance_size > n) return BAD_ARGUMENT;
   if (residual == nullptr && residual_out != nullptr) return BAD_ARGUMENT;
-  return with_norm_dtypes(dtype, weight_dtype, out_dtype, [&](auto in, auto result, bool wide) -> Status {
-    using T = decltype(in);
-    using Out = decltype(result);
-    RmsNorm<T> norm{n,
-                    variance_size,
-                    x_stride,
-                    residual_stride,
-                    residual_out_stride,
-                    static_cast<float>(eps),
-                    static_cast<const T*>(x),
-                    static_cast<const T*>(residual),
-                    {weight, wide},
-                    static_cast<T*>(residual_out),
-                    rstd};
-    Out* to = static_cast<Out*>(out);
-    return for_rows(threads, rows, n, [=](i64 row) {
-      if (norm.residual != nullptr) {
-        norm.template row<true>(row, to + row * out_stride);
-      } else {
-        norm.template row<false>(row, to + row * out_stride);
-      }
-    });
-  });
+  return with_norm_dtypes(dtype, weight_dtype, out_dtype,
+                          [&](auto in, auto result, bool wide) -> Status {
+                            using T = decltype(in);
+                            using Out = decltype(result);
+                            RmsNorm<T> norm{n,
+                                            variance_size,
+                                            x_stride,
+                                            residual_stride,
+                                            residual_out_stride,
+                                            static_cast<float>(eps),
+                                            static_cast<const T*>(x),
+                                            static_cast<const T*>(residual),
+                                            {weight, wide},
+                                            static_cast<T*>(residual_out),
+                                            rstd};
+                            Out* to = static_cast<Out*>(out);
+                            return for_rows(threads, rows, n, [=](i64 row) {
+                              if (norm.residual != nullptr) {
+                                norm.template row<true>(row, to + row * out_stride);
+                              } else {
+                                norm.template row<false>(row, to + row * out_stride);
+                              }
+                            });
+                          });
 }
 
-BI_EXPORT i32 bi_layer_norm(i32 dtype, i32 weight_dtype, i32 out_dtype, i64 rows, i64 n, i64 spatial, i64 groups,
-                            const void* x, i64 x_stride, const void* weight, const void* bias, double eps, void* out,
+BI_EXPORT i32 bi_layer_norm(i32 dtype, i32 weight_dtype, i32 out_dtype, i64 rows, i64 n,
+                            i64 spatial, i64 groups, const void* x, i64 x_stride,
+                            const void* weight, const void* bias, double eps, void* out,
                             i64 out_stride, float* mean, float* rstd, i32 threads) {
-  if (rows < 0 || n < 0 || spatial < 0 || (spatial > 0 && (n % spatial != 0 || groups < 1))) return BAD_ARGUMENT;
-  return with_norm_dtypes(dtype, weight_dtype, out_dtype, [&](auto in, auto result, bool wide) -> Status {
-    using T = decltype(in);
-    using Out = decltype(result);
-    LayerNorm<T> norm{n,
-                      spatial,
-                      groups,
-                      x_stride,
-                      static_cast<float>(eps),
-                      static_cast<const T*>(x),
-                      {weight, wide},
-                      {bias, wide},
-                      mean,
-                      rstd};
-    Out* to = static_cast<Out*>(out);
-    return for_rows(threads, rows, n, [=](i64 row) { norm.row(row, to + row * out_stride); });
-  });
+  if (rows < 0 || n < 0 || spatial < 0 || (spatial > 0 && (n % spatial != 0 || groups < 1)))
+    return BAD_ARGUMENT;
+  return with_norm_dtypes(
+      dtype, weight_dtype, out_dtype, [&](auto in, auto result, bool wide) -> Status {
+        using T = decltype(in);
+        using Out = decltype(result);
+        LayerNorm<T> norm{n,
+                          spatial,
+                          groups,
+                          x_stride,
+                          static_cast<float>(eps),
+                          static_cast<const T*>(x),
+                          {weight, wide},
+                          {bias, wide},
+                          mean,
+                          rstd};
+        Out* to = static_cast<Out*>(out);
+        return for_rows(threads, rows, n, [=](i64 row) { norm.row(row, to + row * out_stride); });
+      });
 }
 
-BI_EXPORT i32 bi_norm_backward(i32 dtype, i32 weight_dtype, i32 out_dtype, i64 rows, i64 n, i64 variance_size,
-                               const void* g, i64 g_stride, const void* x, i64 x_stride, const void* residual,
-                               i64 residual_stride, const float* mean, const float* rstd, const void* weight, void* out,
+BI_EXPORT i32 bi_norm_backward(i32 dtype, i32 weight_dtype, i32 out_dtype, i64 rows, i64 n,
+                               i64 variance_size, const void* g, i64 g_stride, const void* x,
+                               i64 x_stride, const void* residual, i64 residual_stride,
+                               const float* mean, const float* rstd, const void* weight, void* out,
                                i64 out_stride, i32 threads) {
   if (rows < 0 || n < 0 || variance_size < 0 || variance_size > n) return BAD_ARGUMENT;
   if (rstd == nullptr || (mean != nullptr && variance_size != n)) return BAD_ARGUMENT;
-  return with_norm_dtypes(dtype, weight_dtype, out_dtype, [&](auto in, auto result, bool wide) -> Status {
-    using T = decltype(in);
-    using Out = decltype(result);
-    NormBackward<T> norm{n,
-                         variance_size,
-                         g_stride,
-                         x_stride,
-                         residual_stride,
-                         static_cast<const T*>(g),
-                         static_cast<const T*>(x),
-                         static_cast<const T*>(residual),
-                         mean,
-                         rstd,
-                         {weight, wide}};
-    Out* to = static_cast<Out*>(out);
-    return for_rows(threads, rows, n, [=](i64 row) { norm.row(row, to + row * out_stride); });
-  });
+  return with_norm_dtypes(
+      dtype, weight_dtype, out_dtype, [&](auto in, auto result, bool wide) -> Status {
+        using T = decltype(in);
+        using Out = decltype(result);
+        NormBackward<T> norm{n,
+                             variance_size,
+                             g_stride,
+                             x_stride,
+                             residual_stride,
+                             static_cast<const T*>(g),
+                             static_cast<const T*>(x),
+                             static_cast<const T*>(residual),
+                             mean,
+                             rstd,
+                             {weight, wide}};
+        Out* to = static_cast<Out*>(out);
+        return for_rows(threads, rows, n, [=](i64 row) { norm.row(row, to + row * out_stride); });
+      });
 }

@@ -1,16 +1,18 @@
 // Copies one block of a GEMM operand into the layout that the micro kernels read.
 //
-// A "unit" is what one step of a chain consumes: one fp32 or fp64 number, or a pair of bf16 numbers, of k
-// and k + 1, in 32 bits. Packed A is [rows][LDA] units, packed B ("panel") is [units][NR]. Bytes move as they
-// are; f16 (and bf16 where the order is serial) become fp32, exactly. What lies beyond K is zero. Lanes
-// beyond N hold copies of another column: no lane ever reads another, and nobody stores them.
+// A "unit" is what one step of a chain consumes: one fp32 or fp64 number, or a pair of bf16
+// numbers, of k and k + 1, in 32 bits. Packed A is [rows][LDA] units, packed B ("panel") is
+// [units][NR]. Bytes move as they are; f16 (and bf16 where the order is serial) become fp32,
+// exactly. What lies beyond K is zero. Lanes beyond N hold copies of another column: no lane ever
+// reads another, and nobody stores them.
 #pragma once
 #include "simd.h"
 
 namespace bi {
 
-constexpr i64 KC = 256;       // units per k block: a panel of 32 fp32 lanes is 32 KiB
-constexpr i64 STREAM_UNITS = 16;  // units of one step of a kernel that reads B in place: a cache line of fp32
+constexpr i64 KC = 256;  // units per k block: a panel of 32 fp32 lanes is 32 KiB
+constexpr i64 STREAM_UNITS =
+    16;  // units of one step of a kernel that reads B in place: a cache line of fp32
 constexpr i64 LDA = KC + 16;  // not a multiple of 4 KiB, so that rows do not share cache sets
 
 typedef float f32x8 __attribute__((vector_size(32)));
@@ -23,9 +25,7 @@ BI_INLINE f32x8 load_f32x8(const bf16* p) {
   typedef u32 u32x8 __attribute__((vector_size(32)));
   return bit_cast<f32x8>(__builtin_convertvector(load<u16x8>(p), u32x8) << 16);
 }
-BI_INLINE f32x8 load_f32x8(const f16* p) {
-  return __builtin_convertvector(load<h16x8>(p), f32x8);
-}
+BI_INLINE f32x8 load_f32x8(const f16* p) { return __builtin_convertvector(load<h16x8>(p), f32x8); }
 
 BI_INLINE f32x16 join(f32x8 low, f32x8 high) {
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -34,7 +34,8 @@ BI_INLINE f64x8 join(f64x4 low, f64x4 high) {
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
-// How one (source type, unit) combination is read. LANES rows of STEP units make one transposed block.
+// How one (source type, unit) combination is read. LANES rows of STEP units make one transposed
+// block.
 template <class T>
 struct ToF32 {  // one number of T -> one fp32 unit
   using Source = T;
@@ -44,7 +45,8 @@ struct ToF32 {  // one number of T -> one fp32 unit
   BI_INLINE f32x8 read(const T* p) { return load_f32x8(p); }
   BI_INLINE f32x16 read_lanes(const T* p, i64) { return load_f32(p); }
 };
-struct ToPair {  // two bf16 numbers -> one 32-bit unit, carried as fp32 bits that nobody computes with
+struct ToPair {  // two bf16 numbers -> one 32-bit unit, carried as fp32 bits that nobody computes
+                 // with
   using Source = bf16;
   using Unit = float;
   using Vector = f32x16;
@@ -65,30 +67,46 @@ struct ToF64 {
   BI_INLINE f64x8 read_lanes(const double* p, i64) { return load<f64x8>(p); }
 };
 
-// Transposes 16 rows of 8 units, found at `at` in each: lane i of out[j] is unit j of row i. The rows enter as
-// halves of a vector, which spares a quarter of the shuffles of a square transpose.
+// Shuffles within each quarter of a vector, the same in all four: of numbers, then of pairs.
+BI_INLINE f32x16 zip_low(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+BI_INLINE f32x16 zip_high(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+BI_INLINE f32x16 pairs_low(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+BI_INLINE f32x16 pairs_high(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+// Transposes 16 rows of 8 units, found at `at` in each: lane i of out[j] is unit j of row i. The
+// rows enter as halves of a vector, which spares a quarter of the shuffles of a square transpose.
 template <class How>
 BI_INLINE void transpose(const typename How::Source* const* rows, i64 at, f32x16* out) {
-  f32x16 mixed[2][8];
+  f32x16 mixed[2][4];
 #pragma clang loop unroll(full)
   for (int half = 0; half < 2; half++) {
     f32x16 r[4];
 #pragma clang loop unroll(full)
-    for (int i = 0; i < 4; i++) r[i] = join(How::read(rows[half * 8 + i] + at), How::read(rows[half * 8 + 4 + i] + at));
-    f32x16 low01 = __builtin_shufflevector(r[0], r[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    f32x16 high01 = __builtin_shufflevector(r[0], r[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    f32x16 low23 = __builtin_shufflevector(r[2], r[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    f32x16 high23 = __builtin_shufflevector(r[2], r[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    mixed[half][0] = __builtin_shufflevector(low01, low23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    mixed[half][1] = __builtin_shufflevector(low01, low23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    mixed[half][2] = __builtin_shufflevector(high01, high23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    mixed[half][3] = __builtin_shufflevector(high01, high23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    for (int i = 0; i < 4; i++) {
+      r[i] = join(How::read(rows[half * 8 + i] + at), How::read(rows[half * 8 + 4 + i] + at));
+    }
+    f32x16 low01 = zip_low(r[0], r[1]), high01 = zip_high(r[0], r[1]);
+    f32x16 low23 = zip_low(r[2], r[3]), high23 = zip_high(r[2], r[3]);
+    mixed[half][0] = pairs_low(low01, low23);
+    mixed[half][1] = pairs_high(low01, low23);
+    mixed[half][2] = pairs_low(high01, high23);
+    mixed[half][3] = pairs_high(high01, high23);
   }
 #pragma clang loop unroll(full)
   for (int j = 0; j < 4; j++) {
     f32x16 a = mixed[0][j], b = mixed[1][j];
-    out[j] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-    out[j + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    out[j] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    out[j + 4] =
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   }
 }
 
@@ -123,7 +141,8 @@ BI_INLINE void pack_rows(const typename How::Source* a, i64 row_stride, i64 rows
     for (; k + TAKE <= ks; k += TAKE, u += STEP) store(out + u, How::read(a + k));
     for (; u < units; u += STEP) {
       Source rest[TAKE] = {};
-      if (k < ks) __builtin_memcpy(rest, a + k, static_cast<size_t>(min(ks - k, TAKE)) * sizeof(Source));
+      if (k < ks)
+        __builtin_memcpy(rest, a + k, static_cast<size_t>(min(ks - k, TAKE)) * sizeof(Source));
       k += TAKE;
       store(out + u, How::read(rest));  // may write up to STEP - 1 units past `units`: LDA has room
     }
@@ -132,8 +151,8 @@ BI_INLINE void pack_rows(const typename How::Source* a, i64 row_stride, i64 rows
 
 // Packs `ks` numbers of `cols` rows of B as [N, K], padded to `units` and NR lanes.
 template <class How, i64 NR>
-BI_INLINE void pack_panel_nk(const typename How::Source* b, i64 row_stride, i64 cols, i64 ks, i64 units,
-                             typename How::Unit* out) {
+BI_INLINE void pack_panel_nk(const typename How::Source* b, i64 row_stride, i64 cols, i64 ks,
+                             i64 units, typename How::Unit* out) {
   using Source = typename How::Source;
   using Vector = typename How::Vector;
   constexpr i64 STEP = How::STEP, TAKE = STEP * How::PER_UNIT, LANES = How::LANES;
@@ -172,8 +191,8 @@ BI_INLINE void pack_panel_nk(const typename How::Source* b, i64 row_stride, i64 
 
 // Packs `ks` rows of B as [K, N], `cols` columns of each, padded to `units` and NR lanes.
 template <class How, i64 NR>
-BI_INLINE void pack_panel_kn(const typename How::Source* b, i64 row_stride, i64 cols, i64 ks, i64 units,
-                             typename How::Unit* out) {
+BI_INLINE void pack_panel_kn(const typename How::Source* b, i64 row_stride, i64 cols, i64 ks,
+                             i64 units, typename How::Unit* out) {
   using Source = typename How::Source;
   using Vector = typename How::Vector;
   constexpr i64 PER_UNIT = How::PER_UNIT, LANES = How::LANES;
@@ -188,7 +207,8 @@ BI_INLINE void pack_panel_kn(const typename How::Source* b, i64 row_stride, i64 
     for (i64 i = 0; i < PER_UNIT && k < ks; i++, k++, b += row_stride) {
       __builtin_memcpy(rest[i], b, static_cast<size_t>(cols) * sizeof(Source));
     }
-    for (i64 n = 0; n < NR; n += LANES) store<Vector>(out + u * NR + n, How::read_lanes(rest[0] + n, NR));
+    for (i64 n = 0; n < NR; n += LANES)
+      store<Vector>(out + u * NR + n, How::read_lanes(rest[0] + n, NR));
   }
 }
 

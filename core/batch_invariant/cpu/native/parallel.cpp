@@ -67,8 +67,9 @@ Scratch::~Scratch() { free(data); }
 
 }  // namespace bi
 
-// `gomp_parallel` is the address of GOMP_parallel in the process's OpenMP runtime, or null for one thread.
-// A forked child calls it with null: the pool's threads do not exist there, and waiting for them would hang.
+// `gomp_parallel` is the address of GOMP_parallel in the process's OpenMP runtime, or null for one
+// thread. A forked child calls it with null: the pool's threads do not exist there, and waiting for
+// them would hang.
 BI_EXPORT void bi_init(void* gomp_parallel) {
   __atomic_store_n(&bi::fork_join, reinterpret_cast<bi::Fork>(gomp_parallel), __ATOMIC_RELAXED);
 }

@@ -2,13 +2,14 @@
 //
 //   Status s = parallel_for(threads, tasks, [&](i64 task) -> Status { ...; return OK; });
 //
-// Tasks are handed out dynamically, so which thread runs a task is not fixed: a task's result must be a
-// function of its index alone. The call returns when all tasks are done, with OK or the last error that a
-// task returned. With threads <= 1, one task, no pool, or in a forked child, everything runs on the caller.
+// Tasks are handed out dynamically, so which thread runs a task is not fixed: a task's result must
+// be a function of its index alone. The call returns when all tasks are done, with OK or the last
+// error that a task returned. With threads <= 1, one task, no pool, or in a forked child,
+// everything runs on the caller.
 //
-// Every task runs in the default floating-point environment (round to nearest, denormals kept), whatever
-// the calling thread had set: torch.set_flush_denormal acts on one thread only and would otherwise make
-// bits depend on which thread ran a task.
+// Every task runs in the default floating-point environment (round to nearest, denormals kept),
+// whatever the calling thread had set: torch.set_flush_denormal acts on one thread only and would
+// otherwise make bits depend on which thread ran a task.
 #pragma once
 #include "types.h"
 
@@ -25,7 +26,8 @@ inline Status parallel_for(int threads, i64 tasks, Body&& body) {
   return run_tasks(threads, tasks, call, const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// 64-byte aligned memory of one task, freed at the end of its scope; `data` is null if there is none left.
+// 64-byte aligned memory of one task, freed at the end of its scope; `data` is null if there is
+// none left.
 struct Scratch {
   void* data;
   explicit Scratch(i64 bytes);

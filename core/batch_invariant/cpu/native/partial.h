@@ -1,5 +1,5 @@
-// Loads and stores of the first `count` (1..16) of 16 elements; memory after them is not touched. Rows end
-// anywhere, so these sit in every kernel: no call, no loop over elements.
+// Loads and stores of the first `count` (1..16) of 16 elements; memory after them is not touched.
+// Rows end anywhere, so these sit in every kernel: no call, no loop over elements.
 #pragma once
 #include "simd.h"
 
@@ -10,8 +10,8 @@
 namespace bi {
 
 #if defined(__AVX512F__)
-// The asm hides the value: clang 22 turns a 16-bit masked store of narrowed 32-bit lanes, whose mask is known
-// to be 1, into a 4-byte store that overwrites the neighbour.
+// The asm hides the value: clang 22 turns a 16-bit masked store of narrowed 32-bit lanes, whose
+// mask is known to be 1, into a 4-byte store that overwrites the neighbour.
 BI_INLINE u32 lane_mask(i64 count) {
   u32 mask = (1u << count) - 1u;
   __asm__("" : "+r"(mask));
@@ -22,17 +22,20 @@ BI_INLINE f32x16 load_few(const float* p, i64 count) {
 }
 template <class T>
 BI_INLINE f32x16 load_few(const T* p, i64 count) {
-  return widen(bit_cast<u16x16>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(count)), p)), T{});
+  return widen(
+      bit_cast<u16x16>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(count)), p)), T{});
 }
 BI_INLINE void store_few(float* p, f32x16 x, i64 count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lane_mask(count)), bit_cast<__m512>(x));
 }
 template <class T>
 BI_INLINE void store_few(T* p, f32x16 x, i64 count) {
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lane_mask(count)), bit_cast<__m256i>(narrow(x, T{})));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lane_mask(count)),
+                           bit_cast<__m256i>(narrow(x, T{})));
 }
 #else
-// Copies count (0..15) elements in pieces of 8, 4, 2 and 1. Not inlined: it would be most of the library.
+// Copies count (0..15) elements in pieces of 8, 4, 2 and 1. Not inlined: it would be most of the
+// library.
 template <class T>
 __attribute__((noinline)) void copy_few(T* to, const T* from, i64 count) {
   i64 done = 0;
@@ -48,7 +51,8 @@ struct LaneMasks {
 BI_INLINE LaneMasks lane_masks(i64 count) {
   __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   __m256i limit = _mm256_set1_epi32(static_cast<i32>(count));
-  return {_mm256_cmpgt_epi32(limit, index), _mm256_cmpgt_epi32(_mm256_sub_epi32(limit, _mm256_set1_epi32(8)), index)};
+  return {_mm256_cmpgt_epi32(limit, index),
+          _mm256_cmpgt_epi32(_mm256_sub_epi32(limit, _mm256_set1_epi32(8)), index)};
 }
 BI_INLINE f32x16 load_few(const float* p, i64 count) {
   struct {

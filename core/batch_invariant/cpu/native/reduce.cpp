@@ -26,13 +26,16 @@ Status reduce_long_row(int threads, i64 n, At at, float* result) {
     if (status != OK) return status;
     i64 task = 0;
     if (first == 0) __builtin_memcpy(total, lanes + task++ * LANES, LANES * sizeof(float));
-    for (; task < wave; ++task) add_lanes<Op>(total, lanes + task * LANES, n - (first + task) * SEGMENT);
+    for (; task < wave; ++task)
+      add_lanes<Op>(total, lanes + task * LANES, n - (first + task) * SEGMENT);
   }
   *result = fold_all_lanes<Op>(total);
   return OK;
 }
 
-bool few_long_rows(int threads, i64 rows, i64 n) { return threads > 1 && rows < threads && n >= 2 * WORTH_A_THREAD; }
+bool few_long_rows(int threads, i64 rows, i64 n) {
+  return threads > 1 && rows < threads && n >= 2 * WORTH_A_THREAD;
+}
 
 // Reduces each row by Op, in parallel over rows, or over segments when rows are few and long.
 // `finish(row, total)` takes the result.
@@ -47,7 +50,8 @@ Status reduce_rows(int threads, i64 rows, i64 n, const T* x, i64 stride, Finish 
     }
     return OK;
   }
-  return for_rows(threads, rows, n, [=](i64 row) { finish(row, reduce_row<Op>(n, At{x + row * stride})); });
+  return for_rows(threads, rows, n,
+                  [=](i64 row) { finish(row, reduce_row<Op>(n, At{x + row * stride})); });
 }
 
 template <bool LARGEST_OF, class T>
@@ -73,20 +77,27 @@ template <class T, class Keep>
 Status reduce(i32 op, i64 rows, i64 n, const T* x, i64 stride, int threads, Keep keep) {
   float size = static_cast<float>(n);
   switch (op) {
-    case REDUCE_SUM: return reduce_rows<Sum, Values<T>>(threads, rows, n, x, stride, keep);
+    case REDUCE_SUM:
+      return reduce_rows<Sum, Values<T>>(threads, rows, n, x, stride, keep);
     case REDUCE_MEAN:
       return reduce_rows<Sum, Values<T>>(threads, rows, n, x, stride,
                                          [=](i64 row, float total) { keep(row, total / size); });
-    case REDUCE_PROD: return reduce_rows<Product, Values<T>>(threads, rows, n, x, stride, keep);
-    case REDUCE_NORM0: return reduce_rows<Sum, NonZeros<T>>(threads, rows, n, x, stride, keep);
-    case REDUCE_NORM1: return reduce_rows<Sum, Magnitudes<T>>(threads, rows, n, x, stride, keep);
+    case REDUCE_PROD:
+      return reduce_rows<Product, Values<T>>(threads, rows, n, x, stride, keep);
+    case REDUCE_NORM0:
+      return reduce_rows<Sum, NonZeros<T>>(threads, rows, n, x, stride, keep);
+    case REDUCE_NORM1:
+      return reduce_rows<Sum, Magnitudes<T>>(threads, rows, n, x, stride, keep);
     case REDUCE_NORM2:
-      return reduce_rows<Sum, Squares<T>>(threads, rows, n, x, stride,
-                                          [=](i64 row, float total) { keep(row, __builtin_sqrtf(total)); });
+      return reduce_rows<Sum, Squares<T>>(threads, rows, n, x, stride, [=](i64 row, float total) {
+        keep(row, __builtin_sqrtf(total));
+      });
     case REDUCE_NORM_INF:
-      return for_rows(threads, rows, n, [=](i64 row) { keep(row, extreme_magnitude<true>(x + row * stride, n)); });
+      return for_rows(threads, rows, n,
+                      [=](i64 row) { keep(row, extreme_magnitude<true>(x + row * stride, n)); });
     case REDUCE_NORM_NEG_INF:
-      return for_rows(threads, rows, n, [=](i64 row) { keep(row, extreme_magnitude<false>(x + row * stride, n)); });
+      return for_rows(threads, rows, n,
+                      [=](i64 row) { keep(row, extreme_magnitude<false>(x + row * stride, n)); });
   }
   return BAD_ARGUMENT;
 }
@@ -120,8 +131,8 @@ Status variance(i64 rows, i64 n, const T* x, i64 stride, int threads, Keep keep)
 
 using namespace bi;
 
-BI_EXPORT i32 bi_row_reduce(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride, void* out,
-                            i32 threads) {
+BI_EXPORT i32 bi_row_reduce(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x,
+                            i64 x_stride, void* out, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
@@ -132,8 +143,8 @@ BI_EXPORT i32 bi_row_reduce(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, c
   });
 }
 
-BI_EXPORT i32 bi_row_var(i32 take_sqrt, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride,
-                         double correction, void* out, void* mean_out, i32 threads) {
+BI_EXPORT i32 bi_row_var(i32 take_sqrt, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x,
+                         i64 x_stride, double correction, void* out, void* mean_out, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
   float divisor = static_cast<float>(static_cast<double>(n) - correction);
   if (!(divisor > 0.0f)) divisor = 0.0f;
@@ -142,10 +153,11 @@ BI_EXPORT i32 bi_row_var(i32 take_sqrt, i32 dtype, i32 out_dtype, i64 rows, i64 
     using Out = decltype(result);
     Out* to = static_cast<Out*>(out);
     Out* mean_to = static_cast<Out*>(mean_out);
-    return variance(rows, n, static_cast<const T*>(x), x_stride, threads, [=](i64 row, float mean, float squares) {
-      float v = squares / divisor;
-      store_result(to + row, take_sqrt != 0 ? __builtin_sqrtf(v) : v);
-      if (mean_to != nullptr) store_result(mean_to + row, mean);
-    });
+    return variance(rows, n, static_cast<const T*>(x), x_stride, threads,
+                    [=](i64 row, float mean, float squares) {
+                      float v = squares / divisor;
+                      store_result(to + row, take_sqrt != 0 ? __builtin_sqrtf(v) : v);
+                      if (mean_to != nullptr) store_result(mean_to + row, mean);
+                    });
   });
 }

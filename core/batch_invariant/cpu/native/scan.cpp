@@ -5,7 +5,8 @@
 namespace bi {
 namespace {
 
-constexpr i64 TOGETHER = 4;  // rows whose chains run side by side: one chain alone waits for its own adds
+// Rows whose chains run side by side: one chain alone waits for its own additions.
+constexpr i64 TOGETHER = 4;
 
 // `count` rows (at most TOGETHER), each one serial chain.
 template <class T, class Out>
@@ -45,16 +46,17 @@ void cumsum_rows(i64 count, i64 n, const T* x, i64 x_stride, Out* out, i64 out_s
 
 using namespace bi;
 
-BI_EXPORT i32 bi_row_cumsum(i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride, void* out,
-                            i64 out_stride, i32 threads) {
+BI_EXPORT i32 bi_row_cumsum(i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride,
+                            void* out, i64 out_stride, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
     using Out = decltype(result);
-    return for_rows(threads, ceil_div(rows, TOGETHER), n * TOGETHER, [=](i64 group) {
-      i64 first = group * TOGETHER;
-      cumsum_rows(min(TOGETHER, rows - first), n, static_cast<const T*>(x) + first * x_stride, x_stride,
-                  static_cast<Out*>(out) + first * out_stride, out_stride);
+    i64 together = max(1, min(TOGETHER, rows / max(threads, 1)));
+    return for_rows(threads, ceil_div(rows, together), n * together, [=](i64 group) {
+      i64 first = group * together;
+      cumsum_rows(min(together, rows - first), n, static_cast<const T*>(x) + first * x_stride,
+                  x_stride, static_cast<Out*>(out) + first * out_stride, out_stride);
     });
   });
 }

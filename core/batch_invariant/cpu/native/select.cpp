@@ -1,12 +1,13 @@
-// argmax, argmin and topk over rows. Which element wins is decided by one integer key per element, so ties
-// have one answer: the lowest index.
+// argmax, argmin and topk over rows. Which element wins is decided by one integer key per element,
+// so ties have one answer: the lowest index.
 #include "lanes.h"
 #include "rows.h"
 
 namespace bi {
 namespace {
 
-// An integer whose order is torch's order of numbers: -0 equals +0, every NaN equals NaN and is the largest.
+// An integer whose order is torch's order of numbers: -0 equals +0, every NaN equals NaN and is the
+// largest.
 BI_INLINE u32 rank_of(float x) {
   if (x != x) return 0xffffffffu;
   u32 bits = bit_cast<u32>(x + 0.0f);  // -0 becomes +0
@@ -43,7 +44,8 @@ BI_INLINE bool may_enter(f32x16 x, float worst) {
   return (any[0] | any[1] | any[2] | any[3] | any[4] | any[5] | any[6] | any[7]) != 0;
 }
 
-// The k first keys of the row, in order, into `keys`: a heap of the best so far, then sorted in place.
+// The k first keys of the row, in order, into `keys`: a heap of the best so far, then sorted in
+// place.
 template <bool LARGEST_FIRST, class T>
 void topk_row(const T* x, i64 n, i64 k, u64* keys) {
   if (k == 0) return;
@@ -72,11 +74,13 @@ void topk_row(const T* x, i64 n, i64 k, u64* keys) {
 }
 
 template <class T>
-Status topk(bool largest, i64 rows, i64 n, i64 k, const T* x, i64 stride, T* values, i64* indices, int threads) {
+Status topk(bool largest, i64 rows, i64 n, i64 k, const T* x, i64 stride, T* values, i64* indices,
+            int threads) {
   return for_rows(threads, rows, n, [=](i64 row) {
     const T* from = x + row * stride;
     i64* to = indices + row * k;
-    u64* keys = reinterpret_cast<u64*>(to);  // the room for indices holds the keys until they are sorted
+    u64* keys =
+        reinterpret_cast<u64*>(to);  // the room for indices holds the keys until they are sorted
     if (largest) {
       topk_row<true>(from, n, k, keys);
     } else {
@@ -118,19 +122,20 @@ i64 arg_extreme(const T* x, i64 n) {
 
 using namespace bi;
 
-BI_EXPORT i32 bi_row_topk(i32 op, i32 dtype, i64 rows, i64 n, i64 k, const void* x, i64 x_stride, void* values,
-                          i64* indices, i32 threads) {
+BI_EXPORT i32 bi_row_topk(i32 op, i32 dtype, i64 rows, i64 n, i64 k, const void* x, i64 x_stride,
+                          void* values, i64* indices, i32 threads) {
   constexpr i64 INDEX_LIMIT = i64{1} << 32;
-  if (rows < 0 || n < 0 || n >= INDEX_LIMIT || k < 0 || k > n || (op != LARGEST && op != SMALLEST)) return BAD_ARGUMENT;
+  if (rows < 0 || n < 0 || n >= INDEX_LIMIT || k < 0 || k > n || (op != LARGEST && op != SMALLEST))
+    return BAD_ARGUMENT;
   return with_dtype(dtype, [&](auto in) -> Status {
     using T = decltype(in);
-    return topk(op == LARGEST, rows, n, k, static_cast<const T*>(x), x_stride, static_cast<T*>(values), indices,
-                threads);
+    return topk(op == LARGEST, rows, n, k, static_cast<const T*>(x), x_stride,
+                static_cast<T*>(values), indices, threads);
   });
 }
 
-BI_EXPORT i32 bi_row_argmax(i32 op, i32 dtype, i64 rows, i64 n, const void* x, i64 x_stride, i64* indices,
-                            i32 threads) {
+BI_EXPORT i32 bi_row_argmax(i32 op, i32 dtype, i64 rows, i64 n, const void* x, i64 x_stride,
+                            i64* indices, i32 threads) {
   if (rows < 0 || n < 1 || (op != LARGEST && op != SMALLEST)) return BAD_ARGUMENT;
   return with_dtype(dtype, [&](auto in) -> Status {
     using T = decltype(in);

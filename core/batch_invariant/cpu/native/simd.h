@@ -1,5 +1,6 @@
-// Fixed-width vectors and exact conversions. A 16-lane vector is one AVX-512 register, two AVX2 or four NEON
-// ones: the compiler splits it, so that a kernel is written once and its lanes mean the same on every CPU.
+// Fixed-width vectors and exact conversions. A 16-lane vector is one AVX-512 register, two AVX2 or
+// four NEON ones: the compiler splits it, so that a kernel is written once and its lanes mean the
+// same on every CPU.
 #pragma once
 #include "types.h"
 
@@ -40,8 +41,12 @@ BI_INLINE f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x,
 BI_INLINE f64x8 splat(double x) { return f64x8{x, x, x, x, x, x, x, x}; }
 
 // 16 elements of any storage type as fp32, exactly.
-BI_INLINE f32x16 widen(u16x16 h, bf16) { return bit_cast<f32x16>(__builtin_convertvector(h, u32x16) << 16); }
-BI_INLINE f32x16 widen(u16x16 h, f16) { return __builtin_convertvector(bit_cast<h16x16>(h), f32x16); }
+BI_INLINE f32x16 widen(u16x16 h, bf16) {
+  return bit_cast<f32x16>(__builtin_convertvector(h, u32x16) << 16);
+}
+BI_INLINE f32x16 widen(u16x16 h, f16) {
+  return __builtin_convertvector(bit_cast<h16x16>(h), f32x16);
+}
 BI_INLINE f32x16 load_f32(const float* p) { return load<f32x16>(p); }
 BI_INLINE f32x16 load_f32(const bf16* p) { return widen(load<u16x16>(p), bf16{}); }
 BI_INLINE f32x16 load_f32(const f16* p) { return widen(load<u16x16>(p), f16{}); }
@@ -62,7 +67,9 @@ BI_INLINE u16x16 narrow(f32x16 x, bf16) {
   u32x16 nan = bit_cast<u32x16>(x != x);
   return __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40u) & nan), u16x16);
 }
-BI_INLINE u16x16 narrow(f32x16 x, f16) { return bit_cast<u16x16>(__builtin_convertvector(x, h16x16)); }
+BI_INLINE u16x16 narrow(f32x16 x, f16) {
+  return bit_cast<u16x16>(__builtin_convertvector(x, h16x16));
+}
 BI_INLINE void store_f32(float* p, f32x16 x) { store(p, x); }
 BI_INLINE void store_f32(bf16* p, f32x16 x) { store(p, narrow(x, bf16{})); }
 BI_INLINE void store_f32(f16* p, f32x16 x) { store(p, narrow(x, f16{})); }

@@ -7,8 +7,9 @@
 namespace bi {
 namespace {
 
-// The largest number in a row, NaN left out: a NaN element makes its own exponential, and so the sum, NaN.
-// Which zero wins where both are the largest does not matter to x - max + (something of at least log 2).
+// The largest number in a row, NaN left out: a NaN element makes its own exponential, and so the
+// sum, NaN. Which zero wins where zeros of both signs are the largest does not matter: x - max is a
+// zero, and the logarithm taken off it is at least log 2.
 template <class T>
 __attribute__((noinline)) float row_max(const T* x, i64 n) {
   f32x16 best[4];
@@ -45,9 +46,12 @@ void log_softmax_row(const T* x, i64 n, Out* out) {
 }
 
 template <class T, class Out>
-Status softmax(i32 op, i64 rows, i64 n, const T* x, i64 x_stride, Out* out, i64 out_stride, int threads) {
+Status softmax(i32 op, i64 rows, i64 n, const T* x, i64 x_stride, Out* out, i64 out_stride,
+               int threads) {
   if (op == LOG_SOFTMAX) {
-    return for_rows(threads, rows, n, [=](i64 row) { log_softmax_row(x + row * x_stride, n, out + row * out_stride); });
+    return for_rows(threads, rows, n, [=](i64 row) {
+      log_softmax_row(x + row * x_stride, n, out + row * out_stride);
+    });
   }
   if (op != SOFTMAX) return BAD_ARGUMENT;
   if constexpr (sizeof(Out) == sizeof(float)) {
@@ -74,8 +78,8 @@ float log_sum_exp(const T* x, i64 n) {
 }
 
 template <class T, class Out>
-Status softmax_backward(i32 op, i64 rows, i64 n, const T* g, i64 g_stride, const T* y, i64 y_stride, Out* out,
-                        i64 out_stride, int threads) {
+Status softmax_backward(i32 op, i64 rows, i64 n, const T* g, i64 g_stride, const T* y, i64 y_stride,
+                        Out* out, i64 out_stride, int threads) {
   if (op != SOFTMAX && op != LOG_SOFTMAX) return BAD_ARGUMENT;
   return for_rows(threads, rows, n, [=](i64 row) {
     const T* gr = g + row * g_stride;
@@ -100,35 +104,39 @@ Status softmax_backward(i32 op, i64 rows, i64 n, const T* g, i64 g_stride, const
 
 using namespace bi;
 
-BI_EXPORT i32 bi_row_softmax(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride, void* out,
-                             i64 out_stride, i32 threads) {
+BI_EXPORT i32 bi_row_softmax(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x,
+                             i64 x_stride, void* out, i64 out_stride, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
     using Out = decltype(result);
-    return softmax(op, rows, n, static_cast<const T*>(x), x_stride, static_cast<Out*>(out), out_stride, threads);
+    return softmax(op, rows, n, static_cast<const T*>(x), x_stride, static_cast<Out*>(out),
+                   out_stride, threads);
   });
 }
 
-BI_EXPORT i32 bi_row_logsumexp(i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x, i64 x_stride, void* out,
-                               i32 threads) {
+BI_EXPORT i32 bi_row_logsumexp(i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* x,
+                               i64 x_stride, void* out, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
     using Out = decltype(result);
     return for_rows(threads, rows, n, [=](i64 row) {
-      store_result(static_cast<Out*>(out) + row, log_sum_exp(static_cast<const T*>(x) + row * x_stride, n));
+      store_result(static_cast<Out*>(out) + row,
+                   log_sum_exp(static_cast<const T*>(x) + row * x_stride, n));
     });
   });
 }
 
-BI_EXPORT i32 bi_row_softmax_backward(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n, const void* g, i64 g_stride,
-                                      const void* y, i64 y_stride, void* out, i64 out_stride, i32 threads) {
+BI_EXPORT i32 bi_row_softmax_backward(i32 op, i32 dtype, i32 out_dtype, i64 rows, i64 n,
+                                      const void* g, i64 g_stride, const void* y, i64 y_stride,
+                                      void* out, i64 out_stride, i32 threads) {
   if (rows < 0 || n < 0) return BAD_ARGUMENT;
   return with_dtypes(dtype, out_dtype, [&](auto in, auto result) -> Status {
     using T = decltype(in);
     using Out = decltype(result);
-    return softmax_backward(op, rows, n, static_cast<const T*>(g), g_stride, static_cast<const T*>(y), y_stride,
-                            static_cast<Out*>(out), out_stride, threads);
+    return softmax_backward(op, rows, n, static_cast<const T*>(g), g_stride,
+                            static_cast<const T*>(y), y_stride, static_cast<Out*>(out), out_stride,
+                            threads);
   });
 }

@@ -1,4 +1,5 @@
-// What row reductions add up: functors for lanes.h that give 16 terms at a time, each rounded to fp32.
+// What row reductions add up: functors for lanes.h that give 16 terms at a time, each rounded to
+// fp32.
 #pragma once
 #include "math.h"
 #include "partial.h"
@@ -7,8 +8,8 @@ namespace bi {
 
 BI_INLINE f32x16 magnitude(f32x16 x) { return bit_cast<f32x16>(bit_cast<u32x16>(x) & 0x7fffffffu); }
 
-// Asks for the memory that comes 8 KiB later: the hardware does not look beyond the end of a page, and a row
-// is walked in several places at once. Beyond the last row the request is ignored.
+// Asks for the memory that comes 8 KiB later: the hardware does not look beyond the end of a page,
+// and a row is walked in several places at once. Beyond the last row the request is ignored.
 template <class T>
 BI_INLINE f32x16 load_ahead(const T* p, i64 count) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 8192);
@@ -18,7 +19,9 @@ BI_INLINE f32x16 load_ahead(const T* p, i64 count) {
 template <class T>
 struct Values {
   const T* x;
-  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const { return load_ahead(x + i, count); }
+  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const {
+    return load_ahead(x + i, count);
+  }
 };
 
 template <class T>
@@ -75,7 +78,9 @@ struct Exponentials {
 template <class T>
 struct Products {
   const T *x, *y;
-  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const { return load_ahead(x + i, count) * load_ahead(y + i, count); }
+  __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const {
+    return load_ahead(x + i, count) * load_ahead(y + i, count);
+  }
 };
 
 }  // namespace bi
