@@ -437,7 +437,7 @@ def test_no_difference_in_stock_torch_is_said_plainly() -> None:
         line if isinstance(line, str) else line[0]
         for line in demo.as_lines(report(stock_differs=False))
     ]
-    assert "stock torch: no difference on this machine, with this model and dtype." in lines
+    assert "stock torch: no difference on this machine for these prompts and batch sizes." in lines
     assert "batch_invariant: the same bits alone and in every batch." in lines
     assert not any("FAILED" in line for line in lines)
 
@@ -625,6 +625,29 @@ def test_the_command_fails_with_a_backend_that_is_broken_on_purpose(
     assert found["backend"] == "brokenlinear"
     assert found["ok"] is False
     assert found["invariant"]["logits_differ"] > 0
+
+
+def test_an_operator_without_a_kernel_ends_the_command_with_exit_code_1(
+    install: Install, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(
+        """
+        from batch_invariant.cpu import CpuBackend
+
+        class Plugin(CpuBackend):
+            name = "nolinear"
+
+            def kernels(self):
+                return {k: v for k, v in super().kernels().items() if k != "linear"}
+        """,
+        name="nolinear",
+    )
+    assert run_toy(toy_model, tmp_path, "--json", "--backend", "nolinear") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("bi demo: ")
+    assert "linear" in captured.err
+    assert not bi.is_enabled()
 
 
 def test_the_library_being_off_is_not_mistaken_for_its_being_on(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def rows(request: pytest.FixtureRequest) -> Rows:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> object:
+def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -407,6 +407,34 @@ def test_the_definitions(rows: Rows, kind: str, dtype: torch.dtype) -> None:
         for name, got, want in expected:
             assert same(got, want.to(dtype)), f"{name} {dtype} n={n} {kind}"
         assert same(rows.softmax(SOFTMAX, low, torch.float32), define_softmax(x))
+
+
+def test_gradients_are_those_of_autograd(rows: Rows) -> None:
+    """The backward formulas against torch's derivatives in float64."""
+    for n in (7, 1030):
+        low = data("normal", 4, n, torch.float32)
+        g, other = data("normal", 4, n, torch.float32, seed=1), _other(low)
+        weight, bias = _weights(low)
+        size = (n + 1) // 2
+        x = low.double().requires_grad_()
+        w, b = weight.double(), bias.double()
+
+        def check(got: Tensor, out: Tensor, g: Tensor = g, x: Tensor = x) -> None:
+            (want,) = torch.autograd.grad(out, x, g.double())
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+        for op, function in ((SOFTMAX, torch.softmax), (LOG_SOFTMAX, torch.log_softmax)):
+            check(rows.softmax_backward(op, g, rows.softmax(op, low)), function(x, 1))
+        _, mean, rstd = rows.layer_norm(low, weight, bias)
+        out = torch.nn.functional.layer_norm(x, (n,), w, b)
+        check(rows.norm_backward(g, low, mean, rstd, weight), out)
+        _, _, rstd = rows.rms_norm(low, weight, residual=other, variance_size=size)
+        total = x + other.double()
+        out = total / (total[:, :size].square().mean(1, keepdim=True) + 1e-5).sqrt() * w
+        got = rows.norm_backward(
+            g, low, None, rstd, weight, residual=other, variance_size=size
+        )
+        check(got, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

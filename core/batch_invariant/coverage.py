@@ -24,6 +24,7 @@ RANDOM = "draws from one random stream: a row's draw depends on its place, its r
 IN_ORDER = "adds what meets in one place one after another, in the order of the index"
 WHOLE_BATCH = "reduces over the batch by definition, one after another"
 PARAMETERS = "updates parameters, which have no batch axis"
+SCALAR_LOOP = "one scalar loop computes every element, wherever it stands"
 DECOMPOSES = "is made of operators that are dispatched, and so covered, themselves"
 SYSTEM = "tests of torch itself, checks and messages"
 
@@ -62,12 +63,13 @@ _HARMLESS = {
         select_scatter slice_backward slice_copy slice_scatter split_copy split_with_sizes_copy
         squeeze_copy stack t_copy to_mkldnn transpose_copy tril triu unbind_copy unfold_copy
         upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-        _upsample_nearest_exact2d _upsample_nearest_exact3d unsqueeze_copy values_copy view_as_complex_copy view_as_real_copy view_copy zero
+        _upsample_nearest_exact2d _upsample_nearest_exact3d unsqueeze_copy values_copy
+        view_as_complex_copy view_as_real_copy view_copy zero
     """,
     INDEXING: """
         _index_put_impl _unsafe_index _unsafe_index_put _unsafe_masked_index embedding gather index
         index_copy index_fill index_put index_select masked_fill masked_scatter
-        masked_scatter_backward masked_select nonzero nonzero_static put scatter take where
+        masked_scatter_backward masked_select nonzero nonzero_static scatter take where
     """,
     EXACT: """
         __lshift__ __rshift__ __ilshift__ __irshift__ _prelu_kernel _prelu_kernel_backward abs add
@@ -109,7 +111,7 @@ _HARMLESS = {
         _foreach_sign _foreach_sin _foreach_sinh _foreach_sqrt _foreach_sub _foreach_tan
         _foreach_tanh _foreach_trunc _foreach_zero _trilinear affine_grid_generator allclose
         binary_cross_entropy_with_logits celu dist floor_divide.Scalar floor_divide_.Scalar
-        fmod.Scalar fmod.Scalar_out fmod_.Scalar huber_loss_backward linalg_cross
+        fmod.Scalar fmod.Scalar_out fmod_.Scalar huber_loss_backward
         log_softmax.int_out mvlgamma polygamma_ pow.Scalar pow.Scalar_out remainder.Scalar
         remainder.Scalar_Tensor remainder.Scalar_out remainder_.Scalar smooth_l1_loss_backward
         soft_margin_loss soft_margin_loss_backward softmax.int_out special_xlog1py.other_scalar
@@ -118,6 +120,7 @@ _HARMLESS = {
         special_zeta.self_scalar special_zeta.self_scalar_out xlogy.OutScalar_Other
         xlogy.OutScalar_Self xlogy.Scalar_Other xlogy.Scalar_Self xlogy_.Scalar_Other
     """,
+    SCALAR_LOOP: "linalg_cross polar",
     SYSTEM: """
         _assert_async _assert_scalar _assert_tensor_metadata _foobar _functional_assert_async
         _functional_assert_scalar _functional_sym_constrain_range
@@ -135,10 +138,32 @@ HARMLESS: dict[str, str] = {
 
 _CONVOLUTION = "a convolution adds in an order that depends on shapes and threads"
 _SEVERAL = "it adds several elements, in an order that torch does not fix"
+_BY_SHAPES = (
+    "the order of the products is chosen by all sizes, the batch's too; multiply two at a time"
+)
 _FACTORIZATION = "LAPACK's order depends on sizes and threads"
 _OWN_ATTENTION = "call scaled_dot_product_attention, which is covered"
 _MIXES_ROWS = "its statistics mix the rows of the batch"
+_WHOLE_INPUT_SCALE = "it quantizes by the extremes of the whole batch"
+_COMPOSITES = {
+    "chain_matmul": _BY_SHAPES,
+    "linalg_multi_dot": _BY_SHAPES,
+    "_wrapped_quantized_linear_prepacked": _WHOLE_INPUT_SCALE,
+    "choose_qparams_optimized": _WHOLE_INPUT_SCALE,
+    "fbgemm_linear_fp16_weight": _SEVERAL,
+    "fbgemm_linear_fp16_weight_fp32_activation": _SEVERAL,
+    "fbgemm_linear_int8_weight": _WHOLE_INPUT_SCALE,
+    "fbgemm_linear_int8_weight_fp32_activation": _WHOLE_INPUT_SCALE,
+    "quantized_gru_cell": _WHOLE_INPUT_SCALE,
+    "quantized_lstm_cell": _WHOLE_INPUT_SCALE,
+    "quantized_rnn_relu_cell": _WHOLE_INPUT_SCALE,
+    "quantized_rnn_tanh_cell": _WHOLE_INPUT_SCALE,
+}
+"""Composite operators that covered parts do not make invariant, or that compute by themselves."""
+
 _REASONS = {
+    **_COMPOSITES,
+    "put": "duplicates are added in the order of timing; use index_put",
     "_native_batch_norm_legit": _MIXES_ROWS,
     "native_batch_norm": _MIXES_ROWS,
     "_batch_norm_with_update": _MIXES_ROWS,
@@ -188,9 +213,12 @@ def harmless(name: str) -> str | None:
 def has_own_kernel(name: str, key: str = "CPU") -> bool:
     """Whether a call on this backend runs code of the overload's own, below autograd."""
     registered: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
-    if registered(name, key):
+    if registered(name, key) or base_of(name) in _COMPOSITES:
         return True
-    if not registered(name, "CompositeExplicitAutograd"):
+    if not any(
+        registered(name, composite)
+        for composite in ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+    ):
         return False
     # Generated out= overloads call the functional one through the dispatcher and copy.
     base, _, overload = name.removeprefix("aten::").partition(".")
@@ -214,6 +242,25 @@ def reason_against(name: str) -> Refusal:
         if base.startswith(prefix):
             return Refusal(_REASONS.get(base, reason))
     return Refusal(_REASONS.get(base, _SEVERAL))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the mode does with an overload: `kind` is covered, harmless or refused, and why."""
+
+    kind: str
+    reason: str
+
+
+def classify(name: str, covered: Collection[str] = ()) -> Coverage:
+    """The class of one overload; composites are harmless, since their parts are dispatched."""
+    if name in covered:
+        return Coverage("covered", "an invariant kernel takes its place")
+    if (reason := harmless(name)) is not None:
+        return Coverage("harmless", reason)
+    if not has_own_kernel(name):
+        return Coverage("harmless", DECOMPOSES)
+    return Coverage("refused", reason_against(name).text)
 
 
 def refused_overloads(covered: Collection[str], key: str = "CPU") -> dict[str, Refusal]:

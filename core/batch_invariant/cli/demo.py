@@ -407,7 +407,9 @@ def _verdict(report: Report) -> list[Line]:
     stock, invariant = report.stock, report.invariant
     lines: list[Line] = []
     if stock.same:
-        lines.append("stock torch: no difference on this machine, with this model and dtype.")
+        lines.append(
+            "stock torch: no difference on this machine for these prompts and batch sizes."
+        )
     else:
         lines += textwrap.wrap(f"stock torch: {changed(stock)}", 80)
         lines += _show(stock.example)

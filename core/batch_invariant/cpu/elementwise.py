@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from batch_invariant.backend import Kernel
+from batch_invariant.errors import UncoveredOpError
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.stock import stock
@@ -102,7 +103,10 @@ def overrides() -> dict[str, Function]:
         for variant, writes in _variants(name):
             fn: Function = _function(name) if variant == name else _Into(name, variant, writes)
             if reason in (ALPHA, COMPLEX):
-                fn = _Arithmetic(fn, variant, writes, _has_alpha if reason == ALPHA else _has_complex)
+                inexact = _has_alpha if reason == ALPHA else _has_complex
+                fn = _Arithmetic(fn, variant, writes, inexact)
+            if name.startswith("lerp"):
+                fn = _Real(variant, fn)
             found[variant] = functools.partial(_without_keyset, fn)
     for name in LOSSES:
         backward = f"{name}_backward"
@@ -110,6 +114,8 @@ def overrides() -> dict[str, Function]:
         found |= _with_variants(
             backward, functools.partial(_loss_backward, _function(backward), backward)
         )
+    for variant, _ in _variants("index_add"):
+        found[variant] = functools.partial(_without_keyset, _IndexAdd(variant))
     found |= _with_variants("glu", _glu)
     found |= _with_variants("glu_backward", _glu_backward)
     for name in SELECTIONS:
@@ -141,7 +147,8 @@ def _tails(numel: int, threads: int, split: tuple[int, int]) -> tuple[Tensor, ..
         return None
     positions = torch.cat(tails)
     padding = positions[-1:].expand(-len(positions) % _WHOLE)
-    return torch.cat([positions, padding]).split(_VML_GRAIN)
+    blocks: tuple[Tensor, ...] = torch.cat([positions, padding]).split(_VML_GRAIN)
+    return blocks
 
 
 def _split(name: str) -> tuple[int, int]:
@@ -307,7 +314,7 @@ def _without_numbers(
 
 
 def _has_alpha(operands: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("alpha", 1) != 1
+    return bool(kwargs.get("alpha", 1) != 1)
 
 
 def _has_complex(operands: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -332,6 +339,7 @@ class _Arithmetic:
         self.kernel = stock(variant)
         self.writes = writes
         self.in_place = _parts(variant)[0].endswith("_")
+        self.subtracts = variant.startswith("sub")
         self.inexact = inexact
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -353,6 +361,9 @@ class _Arithmetic:
             operands[1 - i] = tensor.view(1)
             self(*operands, **kwargs)
             return tensor
+        if tensor.dtype is torch.bool and self.subtracts:
+            operands[i] = torch.scalar_tensor(number, dtype=_WIDEST[type(number)])
+            return self.kernel(*operands, **kwargs)  # raises: torch subtracts no bools
         # Converted first, and with a dimension, so that the number no longer matters for dtypes.
         operands[1 - i] = tensor.to(torch.result_type(tensor, number))
         if not tensor.dim():
@@ -367,6 +378,43 @@ class _Arithmetic:
 _WIDEST = {
     bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128
 }
+
+
+class _IndexAdd:
+    """Slices are added elementwise: with alpha, the product is rounded before it is added."""
+
+    def __init__(self, variant: str) -> None:
+        self.kernel = stock(variant)
+        self.scale = stock("mul.Tensor")
+
+    def __call__(
+        self, self_: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1, **out: Any
+    ) -> Any:
+        if alpha != 1:
+            _refuse_complex("index_add", source)
+            source = self.scale(source, torch.scalar_tensor(alpha, dtype=source.dtype))
+        return self.kernel(self_, dim, index, source, **out)
+
+
+def _refuse_complex(name: str, *tensors: Tensor) -> None:
+    if any(t.is_complex() for t in tensors):
+        raise UncoveredOpError(
+            f"aten::{name}",
+            ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors),
+            "for complex numbers torch chooses a formula for a whole vector at a time",
+        )
+
+
+class _Real:
+    """A function that is covered for real numbers alone."""
+
+    def __init__(self, name: str, fn: Function) -> None:
+        self.name = name
+        self.fn = fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_complex(self.name, *_tensors(args))
+        return self.fn(*args, **kwargs)
 
 
 class _PositiveZero:

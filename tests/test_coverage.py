@@ -1,0 +1,145 @@
+"""Over torch's live registry: every operator is covered, harmless for a reason, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import batch_invariant as bi
+from batch_invariant import coverage, mode
+
+# Operators of torch 2.13 that 2.11 does not have, so that the test of dead names holds on both.
+SINCE_2_12: frozenset[str] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def covered() -> set[str]:
+    return {f"aten::{name}" for table in mode.overrides("cpu") for name in table}
+
+
+def test_every_overload_is_covered_or_harmless_or_refused(covered: set[str]) -> None:
+    refused = coverage.refused_overloads(covered)
+    for name in coverage.aten_overloads():
+        kinds = [name in covered, coverage.harmless(name) is not None, name in refused]
+        assert any(kinds), name
+        assert not (name in refused and (kinds[0] or kinds[1])), name
+    assert len(refused) > 100
+
+
+def test_no_name_is_listed_twice_and_none_is_dead() -> None:
+    listed = [name for names in coverage._HARMLESS.values() for name in names.split()]
+    assert len(listed) == len(set(listed))
+    known = {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
+    bases = {coverage.base_of(name) for name in known}
+    dead = [n for n in listed if n not in known and n not in bases]
+    if torch.__version__ >= "2.13":
+        assert not dead
+    else:
+        assert set(dead) <= SINCE_2_12 or torch.__version__ < "2.12"
+
+
+def test_an_operator_nobody_classified_is_refused(covered: set[str]) -> None:
+    """What a newer torch adds is refused until somebody looks at it."""
+    library = torch.library.Library("aten", "FRAGMENT")
+    library.define("bi_test_newcomer(Tensor self) -> Tensor")
+    library.impl("bi_test_newcomer", lambda self: self.flip(0), "CompositeExplicitAutograd")
+    try:
+        assert "aten::bi_test_newcomer" in coverage.refused_overloads(covered)
+        with bi.enabled(), pytest.raises(bi.UncoveredOpError, match="aten::bi_test_newcomer"):
+            torch.ops.aten.bi_test_newcomer(torch.ones(3))
+    finally:
+        library._destroy()
+
+
+_REFUSED: dict[str, Callable[[], object]] = {
+    "convolution": lambda: F.conv1d(torch.ones(1, 1, 8), torch.ones(1, 1, 3)),
+    "batch_norm": lambda: F.batch_norm(torch.randn(4, 3), None, None, training=True),
+    "avg_pool": lambda: F.avg_pool2d(torch.ones(1, 1, 4, 4), 2),
+    "fft": lambda: torch.fft.fft(torch.ones(4)),
+    "cumprod": lambda: torch.ones(3).cumprod(0),
+    "nansum": lambda: torch.ones(3).nansum(),
+    "trace": lambda: torch.ones(3, 3).trace(),
+    "cdist": lambda: torch.cdist(torch.ones(30, 3), torch.ones(30, 3)),
+    "svd": lambda: torch.linalg.svd(torch.ones(3, 3)),
+    "solve": lambda: torch.linalg.solve(torch.eye(3), torch.ones(3)),
+    "embedding_bag": lambda: F.embedding_bag(torch.tensor([[0, 1]]), torch.ones(2, 3)),
+    "interpolate": lambda: F.interpolate(torch.ones(1, 1, 4), scale_factor=2, mode="linear"),
+    "lstm": lambda: torch.nn.LSTM(3, 3)(torch.ones(2, 1, 3)),
+    "scatter_reduce": lambda: torch.zeros(3).scatter_reduce(
+        0, torch.tensor([0, 0]), torch.ones(2), "mean"),
+    "sparse": lambda: torch.eye(3).to_sparse() @ torch.ones(3, 3),
+    "mkldnn": lambda: torch.ones(3, 3).to_mkldnn().sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_what_mixes_elements_without_a_kernel_is_refused(name: str) -> None:
+    call = _REFUSED[name]
+    with bi.enabled(), pytest.raises(bi.UncoveredOpError, match="has no batch-invariant kernel"):
+        call()
+    call()
+
+
+_ALLOWED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cat": lambda x: torch.cat([x, x], 1),
+    "where": lambda x: torch.where(x > 0, x, 0.5),
+    "gather": lambda x: x.gather(1, torch.arange(5).expand(len(x), 5)),
+    "index_select": lambda x: x.index_select(1, torch.tensor([3, 1])),
+    "masked_fill": lambda x: x.masked_fill(x > 1, -1.0),
+    "sort": lambda x: x.sort(1).values,
+    "max": lambda x: x.max(1).values,
+    "cummax": lambda x: x.cummax(1).values,
+    "median": lambda x: x.median(1).values,
+    "count_nonzero": lambda x: torch.count_nonzero(x, 1),
+    "any": lambda x: (x > 1).any(1),
+    "relu": torch.relu,
+    "leaky_relu": F.leaky_relu,
+    "hardtanh": F.hardtanh,
+    "floor": torch.floor,
+    "pad": lambda x: F.pad(x, (1, 2)),
+    "scatter_add": lambda x: torch.zeros(len(x), 4).scatter_add(
+        1, (torch.arange(x.size(1)) % 4).expand_as(x), x),
+    "index_add": lambda x: torch.zeros(len(x), 4).index_add(1, torch.arange(x.size(1)) % 4, x),
+    "index_put accumulate": lambda x: torch.zeros(len(x), 4).index_put(
+        (torch.arange(len(x))[:, None], (torch.arange(x.size(1)) % 4)[None]), x, accumulate=True),
+    "max_pool": lambda x: F.max_pool1d(x[:, None], 3)[:, 0],
+    "add alpha": lambda x: torch.add(x, x.flip(1), alpha=0.3),
+    "lerp": lambda x: torch.lerp(x, x.flip(1), 0.3),
+    "addcmul": lambda x: torch.addcmul(x, x, x, value=0.3),
+    "mul": lambda x: x * x.flip(1),
+    "div": lambda x: x / (x.flip(1) + 9),
+}
+
+
+def _varies(call: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a row's bits change between batches, or between layouts of the batch."""
+    x = torch.randn(67, 1027, generator=torch.Generator().manual_seed(0))
+    for value in (x, x.mT.contiguous().mT):
+        whole = call(value)
+        for rows in (slice(0, 1), slice(3, 5), slice(60, 67)):
+            part, wanted = call(value[rows].clone()), whole[rows]
+            if not torch.equal(part.contiguous().view(torch.uint8),
+                               wanted.contiguous().view(torch.uint8)):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("name", _ALLOWED)
+def test_what_is_harmless_keeps_the_bits_of_a_row(name: str) -> None:
+    with bi.enabled():
+        assert not _varies(_ALLOWED[name])
+
+
+def test_the_probe_finds_stock_torch_varying() -> None:
+    """The negative control: were silu or sum left to torch as harmless, the probe would tell."""
+    found = {n for n, f in {"silu": F.silu, "sum": lambda x: x.sum(1), "mm": lambda x: x @ x.mT[
+        :, :40]}.items() if _varies(f)}
+    assert found, "stock torch keeps its bits on this machine for all three"
+
+
+def test_a_reason_for_every_refusal(covered: set[str]) -> None:
+    for name, refusal in coverage.refused_overloads(covered).items():
+        assert len(refusal.text) > 15, name
