@@ -7,7 +7,8 @@ of a newer torch, is refused too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,29 +211,24 @@ def harmless(name: str) -> str | None:
     return HARMLESS.get(name.removeprefix("aten::")) or HARMLESS.get(base_of(name))
 
 
-def has_own_kernel(name: str, key: str = "CPU") -> bool:
-    """Whether a call on this backend runs code of the overload's own, below autograd."""
-    registered: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
-    if registered(name, key) or base_of(name) in _COMPOSITES:
-        return True
-    if not any(
-        registered(name, composite)
-        for composite in ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
-    ):
-        return False
-    # Generated out= overloads call the functional one through the dispatcher and copy.
+def registered(key: str) -> list[str]:
+    """Every aten overload with a kernel registered under a dispatch key."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return sorted(name for name in names if name.startswith("aten::"))
+
+
+@functools.cache
+def _is_generated(name: str) -> bool:
+    """Generated out= overloads call the functional one through the dispatcher, and copy."""
     base, _, overload = name.removeprefix("aten::").partition(".")
     op: Any = getattr(getattr(torch.ops.aten, base), overload or "default")
-    return torch.Tag.generated not in op.tags
+    return torch.Tag.generated in op.tags
 
 
 def aten_overloads(key: str = "CPU") -> list[str]:
-    """Every aten overload that runs code of its own on a backend, from torch's registry."""
-    return sorted(
-        name
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("aten::") and has_own_kernel(name, key)
-    )
+    """Every aten overload that runs code of its own on a backend, below autograd."""
+    composite = registered("CompositeExplicitAutograd")
+    return sorted({*registered(key), *(n for n in composite if not _is_generated(n))})
 
 
 def reason_against(name: str) -> Refusal:
@@ -287,9 +283,4 @@ _LAYOUT = Refusal(
 
 def refused_layouts(key: str) -> dict[str, Refusal]:
     """The overloads that must raise for tensors of such a layout."""
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {
-        name: _LAYOUT
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("aten::") and registered(name, key) and harmless(name) is None
-    }
+    return {name: _LAYOUT for name in registered(key) if harmless(name) is None}
