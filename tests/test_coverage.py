@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import batch_invariant as bi
 import pytest
 import torch
 import torch.nn.functional as F
-
-import batch_invariant as bi
 from batch_invariant import coverage, mode
+from batch_invariant.ops.bits import bits
 
 # Operators of torch 2.13 that 2.11 does not have, so that the test of dead names holds on both.
 SINCE_2_12: frozenset[str] = frozenset()
@@ -143,3 +144,129 @@ def test_the_probe_finds_stock_torch_varying() -> None:
 def test_a_reason_for_every_refusal(covered: set[str]) -> None:
     for name, refusal in coverage.refused_overloads(covered).items():
         assert len(refusal.text) > 15, name
+
+
+CALLED_BY_GENERATE = """
+    add.Tensor all any argmax arange bitwise_and.Tensor bmm cat clone copy_ cos cumsum embedding
+    eq.Tensor exp expand full gather ge.Scalar gelu index.Tensor index_select isin.Tensor_Tensor
+    le.Tensor log lt.Tensor masked_fill.Scalar max mean.dim mm mul.Tensor multinomial neg ne.Scalar
+    ones pow.Tensor_Scalar rsqrt scatter.src silu sin slice.Tensor softmax.int sort sub.Tensor
+    sum.dim_IntList tanh topk triu unsqueeze view where.self zeros _softmax _to_copy
+    _local_scalar_dense
+""".split()
+
+
+@pytest.mark.parametrize("name", CALLED_BY_GENERATE)
+def test_generation_needs_nothing_that_is_refused(
+    name: str, covered: set[str]
+) -> None:
+    assert torch._C._dispatch_has_kernel(f"aten::{name}")
+    assert coverage.classify(f"aten::{name}", covered).kind != "refused"
+
+
+def test_classify_agrees_with_what_is_refused(covered: set[str]) -> None:
+    refused = coverage.refused_overloads(covered)
+    for name in coverage.aten_overloads():
+        found = coverage.classify(name, covered)
+        assert found.reason
+        assert (found.kind == "refused") == (name in refused), name
+
+
+def test_what_torch_tags_as_a_reduction_is_harmless_only_if_exact(covered: set[str]) -> None:
+    tag = getattr(torch.Tag, "reduction", None)
+    if tag is None:
+        pytest.skip("this torch has no Tag.reduction")
+    wrong = []
+    for name in coverage.aten_overloads():
+        base, _, overload = name.removeprefix("aten::").partition(".")
+        op = getattr(getattr(torch.ops.aten, base), overload or "default")
+        found = coverage.classify(name, covered)
+        if tag in op.tags and found.kind == "harmless":
+            exact = (coverage.COUNTS, coverage.SELECTS, coverage.DECOMPOSES)
+            if found.reason not in exact:
+                wrong.append((name, found.reason))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("targets", "sources", "width"), [(8, 200, 7), (16, 1000, 64)])
+def test_accumulation_is_one_chain_in_index_order(
+    targets: int, sources: int, width: int, dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(targets, width, generator=g).to(dtype)
+    source = torch.randn(sources, width, generator=g)
+    source *= torch.exp2(torch.randint(-6, 7, source.shape, generator=g).float())
+    source = source.to(dtype)
+    index = torch.randint(targets, (sources,), generator=g)
+    chain = start.float().clone()
+    for i, target in enumerate(index.tolist()):
+        chain[target] += source[i].float()
+    expected = chain.to(dtype)
+    wide = index[:, None].expand(sources, width)
+    for threads in two_thread_counts():
+        torch.set_num_threads(threads)
+        for got in (
+            start.index_add(0, index, source),
+            start.scatter_add(0, wide, source),
+            start.scatter_add(0, wide.contiguous(), source),
+        ):
+            assert torch.equal(bits(got), bits(expected))
+
+
+def test_gradients_of_embeddings_do_not_depend_on_threads() -> None:
+    g = torch.Generator().manual_seed(0)
+    index, grad = torch.randint(50, (4000,), generator=g), torch.randn(4000, 33, generator=g)
+    found = []
+    for threads in two_thread_counts():
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            found.append(torch.ops.aten.embedding_dense_backward(grad, index, 50, -1, False))
+    assert all(torch.equal(bits(other), bits(found[0])) for other in found)
+
+
+def test_foreach_operators_are_dispatched_one_by_one() -> None:
+    seen = []
+    library = torch.library.Library("aten", "IMPL")
+    kernel = torch.library.get_kernel("aten::exp", "CPU")
+
+    def exp(keyset: Any, self: torch.Tensor) -> Any:
+        seen.append(self.shape)
+        return kernel.call_boxed(keyset, self)
+
+    try:
+        library.impl("exp", exp, "CPU", with_keyset=True)
+        torch._foreach_exp([torch.ones(2), torch.ones(3)])
+    finally:
+        library._destroy()
+    assert seen == [(2,), (3,)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_products_whose_order_follows_the_batch_are_refused(grad: bool) -> None:
+    factors = [torch.ones(4, 8), torch.ones(8, 5), torch.ones(5, 3)]
+    factors[0].requires_grad_(grad)
+    with bi.enabled():
+        for call in (torch.linalg.multi_dot, lambda f: torch.chain_matmul(*f)):
+            with pytest.raises(bi.UncoveredOpError, match="chosen by all sizes"):
+                call(factors)
+
+
+def test_refused_operators_raise_for_floats_and_run_for_whole_numbers() -> None:
+    x = torch.arange(1, 7)
+    with bi.enabled():
+        assert torch.equal(torch.cumprod(x, 0), torch.tensor([1, 2, 6, 24, 120, 720]))
+        with pytest.raises(bi.UncoveredOpError, match="cumprod"):
+            torch.cumprod(x.float(), 0)
+        with pytest.raises(bi.UncoveredOpError, match="put_"):
+            torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=True)
+
+
+def two_thread_counts() -> Iterator[int]:
+    """One thread, then two; what was set before is restored."""
+    before = torch.get_num_threads()
+    try:
+        yield 1
+        yield 2
+    finally:
+        torch.set_num_threads(before)

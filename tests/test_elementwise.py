@@ -59,10 +59,8 @@ def _changes(label: str, dtype: torch.dtype) -> dict[str, int]:
     for special in (False, True):
         try:
             counts = variance.measure(CALLS[label], dtype, special)
-        except (RuntimeError, NotImplementedError) as error:
-            if "not implemented for" in str(error):
-                continue
-            raise
+        except NotImplementedError as error:
+            pytest.skip(str(error))
         found |= {key: count for key, count in counts.items() if key != "NaN payload"}
     return found
 

@@ -227,8 +227,16 @@ def _is_generated(name: str) -> bool:
 
 def aten_overloads(key: str = "CPU") -> list[str]:
     """Every aten overload that runs code of its own on a backend, below autograd."""
-    composite = registered("CompositeExplicitAutograd")
-    return sorted({*registered(key), *(n for n in composite if not _is_generated(n))})
+    explicit = (
+        *registered("CompositeExplicitAutograd"),
+        *registered("CompositeExplicitAutogradNonFunctional"),
+    )
+    implicit = registered("CompositeImplicitAutograd")
+    return sorted({
+        *registered(key),
+        *(n for n in explicit if not _is_generated(n)),
+        *(n for n in implicit if base_of(n) in _COMPOSITES),
+    })
 
 
 def reason_against(name: str) -> Refusal:
@@ -254,7 +262,7 @@ def classify(name: str, covered: Collection[str] = ()) -> Coverage:
         return Coverage("covered", "an invariant kernel takes its place")
     if (reason := harmless(name)) is not None:
         return Coverage("harmless", reason)
-    if not has_own_kernel(name):
+    if name not in aten_overloads():
         return Coverage("harmless", DECOMPOSES)
     return Coverage("refused", reason_against(name).text)
 
