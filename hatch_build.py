@@ -66,9 +66,7 @@ def _run(arguments: list[str]) -> None:
         )
 
 
-def build(
-    system_machine: tuple[str, str] | None = None, folder: Path | None = None
-) -> list[Path]:
+def build(system_machine: tuple[str, str] | None = None, folder: Path | None = None) -> list[Path]:
     """Compiles every library of a platform (default: this one) into `folder`; returns the paths."""
     target = system_machine or host()
     libraries = LIBRARIES.get(target)

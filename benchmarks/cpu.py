@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import batch_invariant as bi
 import torch
 import torch.nn.functional as F
+
+import batch_invariant as bi
 from batch_invariant.cpu import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,11 +66,21 @@ def compare(call: Callable[[], Any], budget: float = 0.6) -> tuple[float, float]
 def row(what: str, dtype: str, shape: str, pair: tuple[float, float], bar: float) -> dict[str, Any]:
     """One line of the report."""
     stock, ours = pair
-    entry = {"what": what, "dtype": dtype, "shape": shape, "stock_ms": round(stock, 4),
-             "invariant_ms": round(ours, 4), "ratio": round(ours / stock, 3), "bar": bar,
-             "met": ours / stock <= bar}
-    print(f"{what:14} {dtype:9} {shape:22} {stock:10.3f} {ours:10.3f} {ours / stock:7.2f}"
-          f"   bar {bar}{'' if entry['met'] else '  MISSED'}", flush=True)
+    entry = {
+        "what": what,
+        "dtype": dtype,
+        "shape": shape,
+        "stock_ms": round(stock, 4),
+        "invariant_ms": round(ours, 4),
+        "ratio": round(ours / stock, 3),
+        "bar": bar,
+        "met": ours / stock <= bar,
+    }
+    print(
+        f"{what:14} {dtype:9} {shape:22} {stock:10.3f} {ours:10.3f} {ours / stock:7.2f}"
+        f"   bar {bar}{'' if entry['met'] else '  MISSED'}",
+        flush=True,
+    )
     return entry
 
 
@@ -117,7 +128,8 @@ def reductions() -> list[dict[str, Any]]:
             k, v = torch.randn(2, batch, 3, keys, 64).to(dtype)
             pair = compare(
                 lambda q=q, k=k, v=v, c=queries > 1: F.scaled_dot_product_attention(
-                    q, k, v, is_causal=c, enable_gqa=True),
+                    q, k, v, is_causal=c, enable_gqa=True
+                ),
                 0.3,
             )
             rows.append(row("attention", name, f"{batch} x 9/3 x {queries} of {keys}", pair, 2.0))

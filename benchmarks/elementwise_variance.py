@@ -29,8 +29,25 @@ import torch
 N = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 1.0, -1.0, 0.5,
-           -0.5, 2.0, 3.0, -3.0, 6.0, 3e38, -3e38)
+SPECIAL = (
+    0.0,
+    -0.0,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    1e-40,
+    -1e-40,
+    1.0,
+    -1.0,
+    0.5,
+    -0.5,
+    2.0,
+    3.0,
+    -3.0,
+    6.0,
+    3e38,
+    -3e38,
+)
 
 UNTAGGED = """
     _add_relu.Tensor _prelu_kernel _prelu_kernel_backward binary_cross_entropy
@@ -57,11 +74,34 @@ UNIT = """
 """Operators that give NaN for most values of a wide draw."""
 
 SCALARS: dict[str, Any] = {
-    "alpha": 1.7, "beta": 1.3, "decimals": 2, "delta": 0.6, "eps": 0.05, "exponent": 2.3,
-    "input_scale": 1.2, "is_result": False, "lambd": 0.5, "lower": 0.1, "max": 0.7, "max_val": 0.7,
-    "min": -0.5, "min_val": -0.5, "n": 3, "negative_slope": 0.01, "other": 1.3, "p": 3,
-    "reduction": 0, "rounding_mode": "floor", "scale": 1.1, "self": 1.9, "threshold": 0.1,
-    "training": False, "upper": 0.3, "value": 0.37, "weight": 0.3, "x": 0.7,
+    "alpha": 1.7,
+    "beta": 1.3,
+    "decimals": 2,
+    "delta": 0.6,
+    "eps": 0.05,
+    "exponent": 2.3,
+    "input_scale": 1.2,
+    "is_result": False,
+    "lambd": 0.5,
+    "lower": 0.1,
+    "max": 0.7,
+    "max_val": 0.7,
+    "min": -0.5,
+    "min_val": -0.5,
+    "n": 3,
+    "negative_slope": 0.01,
+    "other": 1.3,
+    "p": 3,
+    "reduction": 0,
+    "rounding_mode": "floor",
+    "scale": 1.1,
+    "self": 1.9,
+    "threshold": 0.1,
+    "training": False,
+    "upper": 0.3,
+    "value": 0.37,
+    "weight": 0.3,
+    "x": 0.7,
     "dtype": torch.bfloat16,
 }
 """The value of every argument that is no tensor, by its name."""
@@ -97,9 +137,7 @@ def calls() -> Iterator[Call]:
     names = []
     for full in torch._C._dispatch_get_all_op_names():
         base, _, overload = full.removeprefix("aten::").partition(".")
-        if not full.startswith("aten::") or base.endswith("_") or not hasattr(
-            torch.ops.aten, base
-        ):
+        if not full.startswith("aten::") or base.endswith("_") or not hasattr(torch.ops.aten, base):
             continue
         op = getattr(getattr(torch.ops.aten, base), overload or "default", None)
         if op is not None and torch.Tag.pointwise in op.tags:
@@ -270,7 +308,8 @@ def survey() -> dict[str, Any]:
                 reason = str(error).splitlines()[0]
                 continue
             done[str(dtype).removeprefix("torch.")] = {
-                **plain, **{f"special values, {key}": value for key, value in special.items()}
+                **plain,
+                **{f"special values, {key}": value for key, value in special.items()},
             }
         if not done:
             del results[call.label]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from plugin_source import Install
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bi-cache-")

@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 
 import torch
+
 from batch_invariant.cpu import native
 
 FOLDER = Path(native.__file__).parent / "native"
@@ -74,42 +75,94 @@ class Rows:
 
     def reduce(self, op: int, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(len(x), dtype=out_dtype or x.dtype)
-        self.call("bi_row_reduce", op, CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
-                  _step(x), out.data_ptr())
+        self.call(
+            "bi_row_reduce",
+            op,
+            CODE[x.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            x.data_ptr(),
+            _step(x),
+            out.data_ptr(),
+        )
         return out
 
     def var(
-        self, x: Tensor, correction: float = 1, root: bool = False,
+        self,
+        x: Tensor,
+        correction: float = 1,
+        root: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, mean = torch.empty(2, len(x), dtype=out_dtype or x.dtype)
-        self.call("bi_row_var", root, CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
-                  _step(x), correction, out.data_ptr(), mean.data_ptr())
+        self.call(
+            "bi_row_var",
+            root,
+            CODE[x.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            x.data_ptr(),
+            _step(x),
+            correction,
+            out.data_ptr(),
+            mean.data_ptr(),
+        )
         return out, mean
 
     def softmax(self, op: int, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(x.shape, dtype=out_dtype or x.dtype)
-        self.call("bi_row_softmax", op, CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
-                  _step(x), out.data_ptr(), _step(out))
+        self.call(
+            "bi_row_softmax",
+            op,
+            CODE[x.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            x.data_ptr(),
+            _step(x),
+            out.data_ptr(),
+            _step(out),
+        )
         return out
 
     def logsumexp(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(len(x), dtype=out_dtype or x.dtype)
-        self.call("bi_row_logsumexp", CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
-                  _step(x), out.data_ptr())
+        self.call(
+            "bi_row_logsumexp",
+            CODE[x.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            x.data_ptr(),
+            _step(x),
+            out.data_ptr(),
+        )
         return out
 
     def softmax_backward(
         self, op: int, g: Tensor, y: Tensor, out_dtype: torch.dtype | None = None
     ) -> Tensor:
         out = torch.empty(g.shape, dtype=out_dtype or g.dtype)
-        self.call("bi_row_softmax_backward", op, CODE[g.dtype], CODE[out.dtype], *g.shape,
-                  g.data_ptr(), _step(g), y.data_ptr(), _step(y), out.data_ptr(), _step(out))
+        self.call(
+            "bi_row_softmax_backward",
+            op,
+            CODE[g.dtype],
+            CODE[out.dtype],
+            *g.shape,
+            g.data_ptr(),
+            _step(g),
+            y.data_ptr(),
+            _step(y),
+            out.data_ptr(),
+            _step(out),
+        )
         return out
 
     def rms_norm(
-        self, x: Tensor, weight: Tensor | None = None, eps: float = 1e-5,
-        residual: Tensor | None = None, variance_size: int | None = None,
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        eps: float = 1e-5,
+        residual: Tensor | None = None,
+        variance_size: int | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The result, the rounded sum with the residual, and 1/rms."""
@@ -117,57 +170,129 @@ class Rows:
         total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
         rstd = torch.empty(len(x))
         size = x.shape[1] if variance_size is None else variance_size
-        self.call("bi_rms_norm", CODE[x.dtype], CODE[x.dtype if weight is None else weight.dtype],
-                  CODE[out.dtype], *x.shape, size, x.data_ptr(), _step(x), _address(residual),
-                  _step(residual), _address(weight), eps, out.data_ptr(), _step(out),
-                  _address(total), _step(total), rstd.data_ptr())
+        self.call(
+            "bi_rms_norm",
+            CODE[x.dtype],
+            CODE[x.dtype if weight is None else weight.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            size,
+            x.data_ptr(),
+            _step(x),
+            _address(residual),
+            _step(residual),
+            _address(weight),
+            eps,
+            out.data_ptr(),
+            _step(out),
+            _address(total),
+            _step(total),
+            rstd.data_ptr(),
+        )
         return out, x if total is None else total, rstd
 
     def layer_norm(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
-        eps: float = 1e-5, spatial: int = 0, groups: int = 0,
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        spatial: int = 0,
+        groups: int = 0,
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The result, the mean, and 1/deviation."""
         out = torch.empty(x.shape, dtype=out_dtype or x.dtype)
         mean, rstd = torch.empty(2, len(x))
-        self.call("bi_layer_norm", CODE[x.dtype], CODE[x.dtype if weight is None else weight.dtype],
-                  CODE[out.dtype], *x.shape, spatial, groups, x.data_ptr(), _step(x),
-                  _address(weight), _address(bias), eps, out.data_ptr(), _step(out),
-                  mean.data_ptr(), rstd.data_ptr())
+        self.call(
+            "bi_layer_norm",
+            CODE[x.dtype],
+            CODE[x.dtype if weight is None else weight.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            spatial,
+            groups,
+            x.data_ptr(),
+            _step(x),
+            _address(weight),
+            _address(bias),
+            eps,
+            out.data_ptr(),
+            _step(out),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+        )
         return out, mean, rstd
 
     def norm_backward(
-        self, g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor,
-        weight: Tensor | None = None, residual: Tensor | None = None,
-        variance_size: int | None = None, out_dtype: torch.dtype | None = None,
+        self,
+        g: Tensor,
+        x: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor,
+        weight: Tensor | None = None,
+        residual: Tensor | None = None,
+        variance_size: int | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         out = torch.empty(x.shape, dtype=out_dtype or x.dtype)
         size = x.shape[1] if variance_size is None else variance_size
-        self.call("bi_norm_backward", CODE[x.dtype],
-                  CODE[x.dtype if weight is None else weight.dtype], CODE[out.dtype], *x.shape,
-                  size, g.data_ptr(), _step(g), x.data_ptr(), _step(x), _address(residual),
-                  _step(residual), _address(mean), rstd.data_ptr(), _address(weight),
-                  out.data_ptr(), _step(out))
+        self.call(
+            "bi_norm_backward",
+            CODE[x.dtype],
+            CODE[x.dtype if weight is None else weight.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            size,
+            g.data_ptr(),
+            _step(g),
+            x.data_ptr(),
+            _step(x),
+            _address(residual),
+            _step(residual),
+            _address(mean),
+            rstd.data_ptr(),
+            _address(weight),
+            out.data_ptr(),
+            _step(out),
+        )
         return out
 
     def cumsum(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(x.shape, dtype=out_dtype or x.dtype)
-        self.call("bi_row_cumsum", CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
-                  _step(x), out.data_ptr(), _step(out))
+        self.call(
+            "bi_row_cumsum",
+            CODE[x.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            x.data_ptr(),
+            _step(x),
+            out.data_ptr(),
+            _step(out),
+        )
         return out
 
     def topk(self, op: int, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values = torch.empty(len(x), k, dtype=x.dtype)
         indices = torch.empty(len(x), k, dtype=torch.int64)
-        self.call("bi_row_topk", op, CODE[x.dtype], *x.shape, k, x.data_ptr(), _step(x),
-                  values.data_ptr(), indices.data_ptr())
+        self.call(
+            "bi_row_topk",
+            op,
+            CODE[x.dtype],
+            *x.shape,
+            k,
+            x.data_ptr(),
+            _step(x),
+            values.data_ptr(),
+            indices.data_ptr(),
+        )
         return values, indices
 
     def argmax(self, op: int, x: Tensor) -> Tensor:
         out = torch.empty(len(x), dtype=torch.int64)
-        self.call("bi_row_argmax", op, CODE[x.dtype], *x.shape, x.data_ptr(), _step(x),
-                  out.data_ptr())
+        self.call(
+            "bi_row_argmax", op, CODE[x.dtype], *x.shape, x.data_ptr(), _step(x), out.data_ptr()
+        )
         return out
 
     def map(self, op: int, x: Tensor) -> Tensor:
@@ -178,22 +303,47 @@ class Rows:
     # Over the middle dimension of x [outer, n, inner], the last one at unit stride.
     def column_reduce(self, op: int, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(x.shape[0], x.shape[2], dtype=out_dtype or x.dtype)
-        self.call("bi_column_reduce", op, CODE[x.dtype], CODE[out.dtype], *x.shape, x.data_ptr(),
-                  *x.stride()[:2], out.data_ptr())
+        self.call(
+            "bi_column_reduce",
+            op,
+            CODE[x.dtype],
+            CODE[out.dtype],
+            *x.shape,
+            x.data_ptr(),
+            *x.stride()[:2],
+            out.data_ptr(),
+        )
         return out
 
     def column_var(
         self, x: Tensor, correction: float = 1, root: bool = False
     ) -> tuple[Tensor, Tensor]:
         out, mean = torch.empty(2, x.shape[0], x.shape[2], dtype=x.dtype)
-        self.call("bi_column_var", root, CODE[x.dtype], CODE[x.dtype], *x.shape, x.data_ptr(),
-                  *x.stride()[:2], correction, out.data_ptr(), mean.data_ptr())
+        self.call(
+            "bi_column_var",
+            root,
+            CODE[x.dtype],
+            CODE[x.dtype],
+            *x.shape,
+            x.data_ptr(),
+            *x.stride()[:2],
+            correction,
+            out.data_ptr(),
+            mean.data_ptr(),
+        )
         return out, mean
 
     def column_cumsum(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)
-        self.call("bi_column_cumsum", CODE[x.dtype], CODE[x.dtype], *x.shape, x.data_ptr(),
-                  *x.stride()[:2], out.data_ptr())
+        self.call(
+            "bi_column_cumsum",
+            CODE[x.dtype],
+            CODE[x.dtype],
+            *x.shape,
+            x.data_ptr(),
+            *x.stride()[:2],
+            out.data_ptr(),
+        )
         return out
 
 

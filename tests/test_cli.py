@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from plugin_source import PLUGIN, Install
 
 from batch_invariant.cli import main
+from plugin_source import PLUGIN, Install
 
 
 def _bi(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,9 @@ def test_doctor_json() -> None:
     (cpu,) = [b for b in report["backends"] if b["name"] == "cpu"]
     assert cpu["missing"] == []
     assert cpu["ops"]["mm"]["float32"] == {
-        "guarantee": "batch", "order": "serial FMA chain over k in fp32", "portable": True,
+        "guarantee": "batch",
+        "order": "serial FMA chain over k in fp32",
+        "portable": True,
     }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import batch_invariant as bi
 import pytest
 import torch
 import torch.nn.functional as F
+
+import batch_invariant as bi
 from batch_invariant import coverage, mode
 from batch_invariant.ops.bits import bits
 
@@ -70,7 +71,8 @@ _REFUSED: dict[str, Callable[[], object]] = {
     "interpolate": lambda: F.interpolate(torch.ones(1, 1, 4), scale_factor=2, mode="linear"),
     "lstm": lambda: torch.nn.LSTM(3, 3)(torch.ones(2, 1, 3)),
     "scatter_reduce": lambda: torch.zeros(3).scatter_reduce(
-        0, torch.tensor([0, 0]), torch.ones(2), "mean"),
+        0, torch.tensor([0, 0]), torch.ones(2), "mean"
+    ),
     "sparse": lambda: torch.eye(3).to_sparse() @ torch.ones(3, 3),
     "mkldnn": lambda: torch.ones(3, 3).to_mkldnn().sigmoid(),
 }
@@ -102,10 +104,12 @@ _ALLOWED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "floor": torch.floor,
     "pad": lambda x: F.pad(x, (1, 2)),
     "scatter_add": lambda x: torch.zeros(len(x), 4).scatter_add(
-        1, (torch.arange(x.size(1)) % 4).expand_as(x), x),
+        1, (torch.arange(x.size(1)) % 4).expand_as(x), x
+    ),
     "index_add": lambda x: torch.zeros(len(x), 4).index_add(1, torch.arange(x.size(1)) % 4, x),
     "index_put accumulate": lambda x: torch.zeros(len(x), 4).index_put(
-        (torch.arange(len(x))[:, None], (torch.arange(x.size(1)) % 4)[None]), x, accumulate=True),
+        (torch.arange(len(x))[:, None], (torch.arange(x.size(1)) % 4)[None]), x, accumulate=True
+    ),
     "max_pool": lambda x: F.max_pool1d(x[:, None], 3)[:, 0],
     "add alpha": lambda x: torch.add(x, x.flip(1), alpha=0.3),
     "lerp": lambda x: torch.lerp(x, x.flip(1), 0.3),
@@ -122,8 +126,9 @@ def _varies(call: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         whole = call(value)
         for rows in (slice(0, 1), slice(3, 5), slice(60, 67)):
             part, wanted = call(value[rows].clone()), whole[rows]
-            if not torch.equal(part.contiguous().view(torch.uint8),
-                               wanted.contiguous().view(torch.uint8)):
+            if not torch.equal(
+                part.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)
+            ):
                 return True
     return False
 
@@ -136,8 +141,15 @@ def test_what_is_harmless_keeps_the_bits_of_a_row(name: str) -> None:
 
 def test_the_probe_finds_stock_torch_varying() -> None:
     """The negative control: were silu or sum left to torch as harmless, the probe would tell."""
-    found = {n for n, f in {"silu": F.silu, "sum": lambda x: x.sum(1), "mm": lambda x: x @ x.mT[
-        :, :40]}.items() if _varies(f)}
+    found = {
+        n
+        for n, f in {
+            "silu": F.silu,
+            "sum": lambda x: x.sum(1),
+            "mm": lambda x: x @ x.mT[:, :40],
+        }.items()
+        if _varies(f)
+    }
     assert found, "stock torch keeps its bits on this machine for all three"
 
 
@@ -157,9 +169,7 @@ CALLED_BY_GENERATE = """
 
 
 @pytest.mark.parametrize("name", CALLED_BY_GENERATE)
-def test_generation_needs_nothing_that_is_refused(
-    name: str, covered: set[str]
-) -> None:
+def test_generation_needs_nothing_that_is_refused(name: str, covered: set[str]) -> None:
     assert torch._C._dispatch_has_kernel(f"aten::{name}")
     assert coverage.classify(f"aten::{name}", covered).kind != "refused"
 

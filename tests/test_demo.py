@@ -16,13 +16,14 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
-import batch_invariant as bi
 import pytest
 import torch
-from batch_invariant.cli import demo, models, render
-from batch_invariant.cli.demo import Column, Decoded, Example, Report, SizeResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import batch_invariant as bi
+from batch_invariant.cli import demo, models, render
+from batch_invariant.cli.demo import Column, Decoded, Example, Report, SizeResult
 from plugin_source import Install
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from batch_invariant.cpu import elementwise
 from batch_invariant.errors import UncoveredOpError
 from batch_invariant.ops.bits import bits
 from batch_invariant.stock import stock
-from hypothesis import given
-from hypothesis import strategies as st
 
 _SCRIPT = Path(__file__).parents[1] / "benchmarks" / "elementwise_variance.py"
 _spec = importlib.util.spec_from_file_location("elementwise_variance", _SCRIPT)
@@ -184,7 +185,8 @@ def test_results_and_errors_are_torchs(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ("left", "right"), [((3, 5), (5,)), ((3, 1), (1, 5)), ((4,), ()), ((), (4,)), ((3,), (4,))],
+    ("left", "right"),
+    [((3, 5), (5,)), ((3, 1), (1, 5)), ((4,), ()), ((), (4,)), ((3,), (4,))],
     ids=str,
 )
 def test_broadcasting_and_promotion_are_torchs(
@@ -247,7 +249,10 @@ def test_overrides_work_registered_or_not() -> None:
     keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     for name in ("silu", "abs.out", "glu", "max", "mse_loss_backward"):
         arguments = {
-            "silu": (x,), "glu": (x,), "abs.out": (x,), "max": (x,),
+            "silu": (x,),
+            "glu": (x,),
+            "abs.out": (x,),
+            "max": (x,),
             "mse_loss_backward": (torch.tensor(1.0), x, x + 1, 1),
         }[name]
         out = {"out": torch.empty(0)} if name == "abs.out" else {}
@@ -260,8 +265,12 @@ def test_overrides_work_registered_or_not() -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_losses_and_their_gradients_are_torchs(reduction: str) -> None:
     functional = torch.nn.functional
-    losses = (functional.mse_loss, functional.huber_loss, functional.smooth_l1_loss,
-              functional.binary_cross_entropy)
+    losses = (
+        functional.mse_loss,
+        functional.huber_loss,
+        functional.smooth_l1_loss,
+        functional.binary_cross_entropy,
+    )
     for loss in losses:
         results = []
         for context in (None, overridden()):

@@ -65,6 +65,7 @@ def test_a_named_backend_is_selected() -> None:
 
 
 def test_on_whichever_is_imported_first() -> None:
-    done = _run("import batch_invariant as bi, torch; print(bi.is_enabled())",
-                VLLM_BATCH_INVARIANT="1")
+    done = _run(
+        "import batch_invariant as bi, torch; print(bi.is_enabled())", VLLM_BATCH_INVARIANT="1"
+    )
     assert done.stdout.strip() == "True", done.stderr

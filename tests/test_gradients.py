@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import batch_invariant as bi
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+
+import batch_invariant as bi
 
 
 def _leaf(*shape: int, positive: bool = False) -> torch.Tensor:
@@ -20,8 +21,10 @@ def _leaf(*shape: int, positive: bool = False) -> torch.Tensor:
 
 _FUNCTIONAL: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "mm": (bi.mm, (_leaf(3, 4), _leaf(4, 2))),
-    "addmm": (lambda s, a, b: bi.addmm(s, a, b, beta=2, alpha=3),
-              (_leaf(2), _leaf(3, 4), _leaf(4, 2))),
+    "addmm": (
+        lambda s, a, b: bi.addmm(s, a, b, beta=2, alpha=3),
+        (_leaf(2), _leaf(3, 4), _leaf(4, 2)),
+    ),
     "bmm": (bi.bmm, (_leaf(2, 3, 4), _leaf(2, 4, 2))),
     "baddbmm": (bi.baddbmm, (_leaf(1, 2), _leaf(2, 3, 4), _leaf(2, 4, 2))),
     "linear": (bi.linear, (_leaf(2, 3, 4), _leaf(5, 4), _leaf(5))),
@@ -42,21 +45,28 @@ _FUNCTIONAL: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "norm inf": (lambda x: bi.norm(x, float("inf"), 1), (_leaf(3, 4),)),
     "cumsum": (lambda x: bi.cumsum(x, 1), (_leaf(3, 4, 2),)),
     "rms_norm": (lambda x, w: bi.rms_norm(x, w, 1e-3), (_leaf(3, 6), _leaf(6))),
-    "rms_norm residual": (lambda x, w, r: bi.rms_norm(x, w, 1e-3, residual=r),
-                          (_leaf(3, 6), _leaf(6), _leaf(3, 6))),
+    "rms_norm residual": (
+        lambda x, w, r: bi.rms_norm(x, w, 1e-3, residual=r),
+        (_leaf(3, 6), _leaf(6), _leaf(3, 6)),
+    ),
     "rms_norm variance_size": (lambda x: bi.rms_norm(x, eps=1e-3, variance_size=4), (_leaf(3, 6),)),
-    "layer_norm": (lambda x, w, b: bi.layer_norm(x, (4, 2), w, b),
-                   (_leaf(3, 4, 2), _leaf(4, 2), _leaf(4, 2))),
-    "group_norm": (lambda x, w, b: bi.group_norm(x, 2, w, b),
-                   (_leaf(3, 4, 5), _leaf(4), _leaf(4))),
-    "attention": (bi.scaled_dot_product_attention,
-                  (_leaf(2, 2, 3, 4), _leaf(2, 2, 5, 4), _leaf(2, 2, 5, 3))),
+    "layer_norm": (
+        lambda x, w, b: bi.layer_norm(x, (4, 2), w, b),
+        (_leaf(3, 4, 2), _leaf(4, 2), _leaf(4, 2)),
+    ),
+    "group_norm": (lambda x, w, b: bi.group_norm(x, 2, w, b), (_leaf(3, 4, 5), _leaf(4), _leaf(4))),
+    "attention": (
+        bi.scaled_dot_product_attention,
+        (_leaf(2, 2, 3, 4), _leaf(2, 2, 5, 4), _leaf(2, 2, 5, 3)),
+    ),
     "attention causal": (
         lambda q, k, v: bi.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4),
-        (_leaf(1, 2, 5, 4), _leaf(1, 2, 5, 4), _leaf(1, 2, 5, 3))),
+        (_leaf(1, 2, 5, 4), _leaf(1, 2, 5, 4), _leaf(1, 2, 5, 3)),
+    ),
     "attention mask and groups": (
         lambda q, k, v, m: bi.scaled_dot_product_attention(q, k, v, m, enable_gqa=True),
-        (_leaf(1, 4, 3, 4), _leaf(1, 2, 5, 4), _leaf(1, 2, 5, 3), _leaf(3, 5))),
+        (_leaf(1, 4, 3, 4), _leaf(1, 2, 5, 4), _leaf(1, 2, 5, 3), _leaf(3, 5)),
+    ),
     "embedding": (lambda w: bi.embedding(torch.tensor([[0, 2], [2, 2]]), w), (_leaf(4, 3),)),
     "topk": (lambda x: bi.topk(x, 2)[0], (_leaf(3, 5),)),
     "exp": (bi.exp, (_leaf(7),)),
@@ -108,8 +118,14 @@ def _block(dtype: torch.dtype) -> tuple[Callable[..., torch.Tensor], list[torch.
     def make(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
-    x, w1, w2, wn, b, table = (make(6, 9, 32), make(96, 32), make(32, 32), make(32), make(32),
-                               make(11, 32))
+    x, w1, w2, wn, b, table = (
+        make(6, 9, 32),
+        make(96, 32),
+        make(32, 32),
+        make(32),
+        make(32),
+        make(11, 32),
+    )
 
     def f(*leaves: torch.Tensor) -> torch.Tensor:
         x, w1, w2, wn, b, table = leaves
@@ -140,13 +156,14 @@ def test_the_modes_gradients_agree_with_stock_torch(dtype: torch.dtype) -> None:
 
 def test_gradients_of_a_row_do_not_depend_on_the_batch() -> None:
     """The gradient of each sample's own input, alone and in the batch, bit for bit."""
-    f, leaves = _block(torch.float32)
+    _, leaves = _block(torch.float32)
     x, *weights = leaves
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         w1, w2, wn, b, _ = weights
-        q, k, v = F.linear(F.rms_norm(rows, (32,), wn), w1).view(-1, 9, 3, 2, 16).permute(
-            2, 0, 3, 1, 4)
+        q, k, v = (
+            F.linear(F.rms_norm(rows, (32,), wn), w1).view(-1, 9, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        )
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         return F.linear(F.layer_norm(a.reshape(-1, 9, 32), (32,)), w2, b).softmax(-1).square().sum()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import batch_invariant as bi
 import pytest
 import torch
+
+import batch_invariant as bi
 from batch_invariant import selector
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.ops.contract import Data
@@ -79,8 +80,11 @@ def test_one_changed_bit_is_caught() -> None:
 
 
 def test_signed_zeros_and_nans_are_compared_by_their_bits() -> None:
-    variant = next(v for v in variants({"x": torch.zeros(ROWS, 1)}, {"x": 0})
-                   if v.label == "at another address")
+    variant = next(
+        v
+        for v in variants({"x": torch.zeros(ROWS, 1)}, {"x": 0})
+        if v.label == "at another address"
+    )
     zeros, nans = torch.zeros(ROWS, 1), torch.full((ROWS, 1), torch.nan)
     assert compare((zeros,), (-zeros,), (0,), variant) is not None
     assert compare((nans,), (nans.clone(),), (0,), variant) is None

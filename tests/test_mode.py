@@ -6,10 +6,11 @@ import os
 import threading
 from collections.abc import Callable
 
-import batch_invariant as bi
 import pytest
 import torch
 import torch.nn.functional as F
+
+import batch_invariant as bi
 from batch_invariant import mode, stock
 
 X, W = torch.randn(64, 1024), torch.randn(1024, 96)
@@ -184,8 +185,11 @@ def test_what_users_call_reaches_the_override(
         return tuple({k: spy(k, v) for k, v in table.items()} for table in real(device))
 
     monkeypatch.setattr(mode, "overrides", spied)
-    context = {"grad": torch.enable_grad, "no_grad": torch.no_grad,
-               "inference": torch.inference_mode}[grad]
+    context = {
+        "grad": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference": torch.inference_mode,
+    }[grad]
     with bi.enabled(), context():
         _CALLS[name]()
     assert name in hits
@@ -247,8 +251,13 @@ def test_a_failed_install_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch)
 def test_integers_run_torchs_exact_kernels() -> None:
     ints = torch.arange(12).view(3, 4)
     calls: list[Callable[[], torch.Tensor]] = [
-        lambda: ints.sum(1), lambda: ints.prod(1), lambda: ints.cumsum(1), lambda: ints @ ints.T,
-        lambda: ints.argmax(1), lambda: ints.bool().sum(), lambda: ints.topk(2).values,
+        lambda: ints.sum(1),
+        lambda: ints.prod(1),
+        lambda: ints.cumsum(1),
+        lambda: ints @ ints.T,
+        lambda: ints.argmax(1),
+        lambda: ints.bool().sum(),
+        lambda: ints.topk(2).values,
         lambda: torch.bmm(ints[None], ints.T[None]),
     ]
     expected = [call() for call in calls]

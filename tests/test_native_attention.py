@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from batch_invariant.cpu import native
 from replay import fma32, replay, same
 
@@ -69,9 +70,7 @@ def exp32(x: np.ndarray) -> np.ndarray:
     x = np.ascontiguousarray(x, np.float32)
     out = np.empty_like(x)
     address = ctypes.c_void_p
-    LIBRARY.bi_map(
-        EXP, ctypes.c_int64(x.size), address(x.ctypes.data), address(out.ctypes.data), 1
-    )
+    LIBRARY.bi_map(EXP, ctypes.c_int64(x.size), address(x.ctypes.data), address(out.ctypes.data), 1)
     return out
 
 

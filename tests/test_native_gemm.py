@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from batch_invariant.cpu import native
 from replay import AMX, DOT, SERIAL, cancelling, fma32, powers, replay, replay_bf16, same
 
@@ -73,7 +74,13 @@ def gemm(
 
 
 SHAPES = [
-    (1, 1, 1), (3, 5, 7), (5, 9, 33), (13, 40, 257), (1, 70, 513), (40, 3, 300), (26, 33, 530)
+    (1, 1, 1),
+    (3, 5, 7),
+    (5, 9, 33),
+    (13, 40, 257),
+    (1, 70, 513),
+    (40, 3, 300),
+    (26, 33, 530),
 ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from batch_invariant.cpu import native
 from native_rows import EXP, LOG, Rows, bits, runnable, same
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from batch_invariant.cpu import native
 from batch_invariant.ops import row_order
 from batch_invariant.ops.row_order import lane_prod, lane_sum
@@ -322,9 +323,7 @@ def define_rms_norm(
     return s * _column(r) * weight, s, r
 
 
-def define_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def define_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = _mean(x)
     d = x - _column(mean)
     r = 1 / _sqrt(lane_sum(d * d) / x.shape[1] + 1e-5)
@@ -386,9 +385,7 @@ def test_the_definitions(rows: Rows, kind: str, dtype: torch.dtype) -> None:
             ("rms_norm's residual", s, want_s),
             (
                 "rms_norm_backward",
-                rows.norm_backward(
-                    other, low, None, r, weight, residual=other, variance_size=size
-                ),
+                rows.norm_backward(other, low, None, r, weight, residual=other, variance_size=size),
                 back,
             ),
         ]
@@ -431,9 +428,7 @@ def test_gradients_are_those_of_autograd(rows: Rows) -> None:
         _, _, rstd = rows.rms_norm(low, weight, residual=other, variance_size=size)
         total = x + other.double()
         out = total / (total[:, :size].square().mean(1, keepdim=True) + 1e-5).sqrt() * w
-        got = rows.norm_backward(
-            g, low, None, rstd, weight, residual=other, variance_size=size
-        )
+        got = rows.norm_backward(g, low, None, rstd, weight, residual=other, variance_size=size)
         check(got, out)
 
 
@@ -627,8 +622,24 @@ def test_in_place(rows: Rows) -> None:
     want, total, _ = rows.rms_norm(x, residual=_other(x))
     y, residual = x.clone(), _other(x)
     rows.call(
-        "bi_rms_norm", 0, 0, 0, 3, 1030, 1030, y.data_ptr(), 1030, residual.data_ptr(), 1030, None,
-        1e-5, y.data_ptr(), 1030, residual.data_ptr(), 1030, None,
+        "bi_rms_norm",
+        0,
+        0,
+        0,
+        3,
+        1030,
+        1030,
+        y.data_ptr(),
+        1030,
+        residual.data_ptr(),
+        1030,
+        None,
+        1e-5,
+        y.data_ptr(),
+        1030,
+        residual.data_ptr(),
+        1030,
+        None,
     )
     assert same(y, want)
     assert same(residual, total)

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import batch_invariant as bi
 import pytest
 import torch
+
+import batch_invariant as bi
 from batch_invariant.cli import demo, models
 
 SIZES = (1, 3, 8)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import batch_invariant as bi
 import pytest
+
+import batch_invariant as bi
 from batch_invariant import registry
 from plugin_source import PLUGIN, Install
 
@@ -36,7 +37,10 @@ def test_two_packages_with_one_name_are_an_error_that_names_both(install: Instal
     [
         (("api_version = API_VERSION", "api_version = 0"), "api_version 0, and this .* has 1"),
         (("name = 'mine'", "name = 'other'"), "calls itself 'other'"),
-        (("def probe(self)", "def probe(self, now)"), r"probe\(self, now\); expected probe\(self\)"),
+        (
+            ("def probe(self)", "def probe(self, now)"),
+            r"probe\(self, now\); expected probe\(self\)",
+        ),
         (("def kernels(self)", "def kernel(self)"), "does not define kernels"),
         (('device_type = "cpu"', "device_type = None"), "does not say its device_type"),
         (("class Plugin(Backend)", "class Plugin"), "is not a class derived from"),
@@ -53,8 +57,9 @@ def test_a_plugin_that_breaks_the_contract_is_refused(
 
 
 def test_an_instance_as_entry_point_is_refused(install: Install) -> None:
-    install(PLUGIN.format(name="mine") + "\n    plugin = Plugin()\n", name="mine",
-            attribute="plugin")
+    install(
+        PLUGIN.format(name="mine") + "\n    plugin = Plugin()\n", name="mine", attribute="plugin"
+    )
     with pytest.raises(bi.InvalidBackend, match="must name the class"):
         bi.use_backend("mine")
 

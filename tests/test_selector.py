@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import batch_invariant as bi
 import pytest
 import torch
+
+import batch_invariant as bi
 from plugin_source import PLUGIN, Install
 
 
@@ -41,9 +42,7 @@ def test_a_context_restores_after_an_exception(broken_mm: str) -> None:
     assert bi.current_backend().name == "cpu"
 
 
-def test_the_environment_names_a_backend(
-    broken_mm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_names_a_backend(broken_mm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INVARIANT_BACKEND", broken_mm)
     bi.use_backend(None)
     assert bi.current_backend().name == broken_mm
@@ -56,15 +55,18 @@ def test_named_but_unavailable_is_an_error_with_the_remedy(install: Install) -> 
         "Availability(True)", "Availability(False, 'no chip found', 'plug one in')"
     )
     install(source, name="mine")
-    with pytest.raises(bi.BackendUnavailable, match="'mine' is not .* no chip found; plug one in"):
+    with pytest.raises(bi.BackendUnavailable, match=r"'mine' is not .* no chip found; plug one in"):
         bi.use_backend("mine")
     assert bi.current_backend().name == "cpu"
 
 
 def test_tensors_of_another_device_are_an_error_not_a_fallback(install: Install) -> None:
     install(PLUGIN.format(name="mine").replace('"cpu"', '"xpu"'), name="mine")
-    with bi.use_backend("mine"), pytest.raises(
-        bi.OpNotSupported, match="'mine' serves 'xpu' tensors, and this one is on 'cpu'"
+    with (
+        bi.use_backend("mine"),
+        pytest.raises(
+            bi.OpNotSupported, match="'mine' serves 'xpu' tensors, and this one is on 'cpu'"
+        ),
     ):
         bi.sum(torch.ones(3))
     assert bi.sum(torch.ones(3)) == 3

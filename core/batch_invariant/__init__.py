@@ -40,7 +40,17 @@ _HOME = {
     "ops.embedding": ("embedding",),
     "ops.select": ("argmax", "topk"),
     "ops.elementwise": (
-        "cos", "erf", "exp", "gelu", "log", "pow", "rsqrt", "sigmoid", "silu", "sin", "tanh",
+        "cos",
+        "erf",
+        "exp",
+        "gelu",
+        "log",
+        "pow",
+        "rsqrt",
+        "sigmoid",
+        "silu",
+        "sin",
+        "tanh",
     ),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

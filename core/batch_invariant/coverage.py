@@ -232,11 +232,13 @@ def aten_overloads(key: str = "CPU") -> list[str]:
         *registered("CompositeExplicitAutogradNonFunctional"),
     )
     implicit = registered("CompositeImplicitAutograd")
-    return sorted({
-        *registered(key),
-        *(n for n in explicit if not _is_generated(n)),
-        *(n for n in implicit if base_of(n) in _COMPOSITES),
-    })
+    return sorted(
+        {
+            *registered(key),
+            *(n for n in explicit if not _is_generated(n)),
+            *(n for n in implicit if base_of(n) in _COMPOSITES),
+        }
+    )
 
 
 def reason_against(name: str) -> Refusal:

@@ -85,8 +85,15 @@ def _check(cls: object, name: str, distribution: str) -> None:
         raise refuse("does not say its device_type, a torch device type such as 'cuda'")
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise refuse(f"does not define {', '.join(missing)}")
-    for method in ("probe", "kernels", "aten_overrides", "activate", "deactivate",
-                   "to_native", "to_torch"):
+    for method in (
+        "probe",
+        "kernels",
+        "aten_overrides",
+        "activate",
+        "deactivate",
+        "to_native",
+        "to_torch",
+    ):
         expected = list(inspect.signature(getattr(Backend, method)).parameters)
         found = list(inspect.signature(getattr(cls, method)).parameters)
         if expected != found:

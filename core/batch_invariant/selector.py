@@ -182,9 +182,7 @@ def _resolve(device_type: str) -> tuple[Backend, Mapping[str, Kernel]]:
         return backend, table
 
 
-def _register(
-    backend: Backend, table: Mapping[str, Kernel], key: str
-) -> torch.library.Library:
+def _register(backend: Backend, table: Mapping[str, Kernel], key: str) -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Oo]verrid")

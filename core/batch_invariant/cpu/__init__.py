@@ -53,9 +53,7 @@ def _kernels() -> dict[str, Kernel]:
         softmax,
     )
 
-    families = (
-        matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise
-    )
+    families = (matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise)
     return {name: kernel for family in families for name, kernel in family.KERNELS.items()}
 
 
@@ -64,5 +62,3 @@ def _checked() -> str | None:
     from batch_invariant.cpu.self_check import find_variance
 
     return find_variance(_kernels())
-
-

@@ -216,9 +216,7 @@ class _Function:
         """The results at the positions of each block, computed inside whole vectors."""
         rows = [t.view(-1) for t in tensors]
         return [
-            _each(
-                self.kernel(*_replaced(args, [r.index_select(0, block) for r in rows]), **kwargs)
-            )
+            _each(self.kernel(*_replaced(args, [r.index_select(0, block) for r in rows]), **kwargs))
             for block in blocks
         ]
 
@@ -375,9 +373,7 @@ class _Arithmetic:
         return kwargs[name].resize_(tensor.shape).copy_(result.view(tensor.shape))
 
 
-_WIDEST = {
-    bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128
-}
+_WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 
 
 class _IndexAdd:
@@ -587,6 +583,5 @@ def _kernel(overload: str) -> Kernel:
 
 
 KERNELS = {
-    name: _kernel(name)
-    for name in "exp log rsqrt sin cos tanh erf sigmoid silu gelu".split()
+    name: _kernel(name) for name in "exp log rsqrt sin cos tanh erf sigmoid silu gelu".split()
 } | {"pow": _kernel("pow.Tensor_Scalar")}

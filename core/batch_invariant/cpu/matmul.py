@@ -82,13 +82,30 @@ def product(
         add_batch = addend.stride(0) if addend.dim() == 3 else 0
     status = _gemm()(
         _pack(
-            code, code, m, n, k, batch,
-            a.data_ptr(), a_row, a_batch,
-            b.data_ptr(), layout, b_row, b_batch,
-            where, add_row, add_col, add_batch,
-            out.data_ptr(), n, c_batch,
-            torch.get_num_threads(), -1,
-            float(alpha), float(beta),
+            code,
+            code,
+            m,
+            n,
+            k,
+            batch,
+            a.data_ptr(),
+            a_row,
+            a_batch,
+            b.data_ptr(),
+            layout,
+            b_row,
+            b_batch,
+            where,
+            add_row,
+            add_col,
+            add_batch,
+            out.data_ptr(),
+            n,
+            c_batch,
+            torch.get_num_threads(),
+            -1,
+            float(alpha),
+            float(beta),
         )
     )
     if status:

@@ -39,7 +39,7 @@ def _rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_rms_norm(input, weight, residual, variance_size)
     n = input.size(-1)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(stats_dtype(input.dtype)).eps if eps is None else eps
     size = n if variance_size is None else variance_size
     x = cast(input, None).contiguous().view(-1 if n else input.numel(), n)
     other = None if residual is None else residual.to(x.dtype).contiguous().view(x.shape)
@@ -98,8 +98,11 @@ def _layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_layer_norm(input, normalized_shape, weight, bias)
     n = math.prod(normalized_shape)
-    x = cast(input, None).contiguous().view(-1 if n else math.prod(
-        input.shape[: input.dim() - len(normalized_shape)]), n)
+    x = (
+        cast(input, None)
+        .contiguous()
+        .view(-1 if n else math.prod(input.shape[: input.dim() - len(normalized_shape)]), n)
+    )
     flat = [None if p is None else p.reshape(n) for p in (weight, bias)]
     out, mean, rstd = _normalize_rows(x, flat[0], flat[1], eps, 0, 0)
     shape = stats_shape(input, normalized_shape)

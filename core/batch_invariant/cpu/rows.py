@@ -22,26 +22,96 @@ _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 _SIGNATURES: dict[str, list[Any]] = {
     "bi_row_reduce": [_i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
     "bi_row_var": [
-        _i32, _i32, _i32, _i64, _i64, _pointer, _i64, _double, _pointer, _pointer, _i32,
+        _i32,
+        _i32,
+        _i32,
+        _i64,
+        _i64,
+        _pointer,
+        _i64,
+        _double,
+        _pointer,
+        _pointer,
+        _i32,
     ],
     "bi_row_softmax": [
-        _i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _i32,
+        _i32,
+        _i32,
+        _i32,
+        _i64,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _i64,
+        _i32,
     ],
     "bi_row_logsumexp": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
     "bi_row_softmax_backward": [
-        _i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _pointer, _i64, _i32,
+        _i32,
+        _i32,
+        _i32,
+        _i64,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _i64,
+        _i32,
     ],
     "bi_rms_norm": [
-        _i32, _i32, _i32, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64, _pointer, _double,
-        _pointer, _i64, _pointer, _i64, _pointer, _i32,
+        _i32,
+        _i32,
+        _i32,
+        _i64,
+        _i64,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _double,
+        _pointer,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _i32,
     ],
     "bi_layer_norm": [
-        _i32, _i32, _i32, _i64, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer, _double,
-        _pointer, _i64, _pointer, _pointer, _i32,
+        _i32,
+        _i32,
+        _i32,
+        _i64,
+        _i64,
+        _i64,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _pointer,
+        _double,
+        _pointer,
+        _i64,
+        _pointer,
+        _pointer,
+        _i32,
     ],
     "bi_row_cumsum": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _i32],
     "bi_row_topk": [
-        _i32, _i32, _i64, _i64, _i64, _pointer, _i64, _pointer, _pointer, _i32,
+        _i32,
+        _i32,
+        _i64,
+        _i64,
+        _i64,
+        _pointer,
+        _i64,
+        _pointer,
+        _pointer,
+        _i32,
     ],
     "bi_row_argmax": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
 }
@@ -78,8 +148,17 @@ def reduce(op: int, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """One of SUM ... NORM_NEG_INF over the rows of a contiguous matrix; returns [rows]."""
     rows, n = x.shape
     out = torch.empty(rows, dtype=out_dtype)
-    _call("bi_row_reduce", op, _code(x.dtype), _code(out_dtype), rows, n, x.data_ptr(), n,
-          out.data_ptr())
+    _call(
+        "bi_row_reduce",
+        op,
+        _code(x.dtype),
+        _code(out_dtype),
+        rows,
+        n,
+        x.data_ptr(),
+        n,
+        out.data_ptr(),
+    )
     return out
 
 
@@ -88,8 +167,9 @@ def variance(x: torch.Tensor, correction: float, root: bool) -> torch.Tensor:
     rows, n = x.shape
     out = torch.empty(rows, dtype=x.dtype)
     code = _code(x.dtype)
-    _call("bi_row_var", root, code, code, rows, n, x.data_ptr(), n, correction, out.data_ptr(),
-          None)
+    _call(
+        "bi_row_var", root, code, code, rows, n, x.data_ptr(), n, correction, out.data_ptr(), None
+    )
     return out
 
 
@@ -97,8 +177,18 @@ def softmax(op: int, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """SOFTMAX or LOG_SOFTMAX of the rows of a contiguous matrix."""
     rows, n = x.shape
     out = torch.empty(rows, n, dtype=out_dtype)
-    _call("bi_row_softmax", op, _code(x.dtype), _code(out_dtype), rows, n, x.data_ptr(), n,
-          out.data_ptr(), n)
+    _call(
+        "bi_row_softmax",
+        op,
+        _code(x.dtype),
+        _code(out_dtype),
+        rows,
+        n,
+        x.data_ptr(),
+        n,
+        out.data_ptr(),
+        n,
+    )
     return out
 
 
@@ -108,8 +198,20 @@ def softmax_backward(
     """The gradient of the input of SOFTMAX or LOG_SOFTMAX, for contiguous matrices."""
     rows, n = grad.shape
     out = torch.empty(rows, n, dtype=out_dtype)
-    _call("bi_row_softmax_backward", op, _code(grad.dtype), _code(out_dtype), rows, n,
-          grad.data_ptr(), n, output.data_ptr(), n, out.data_ptr(), n)
+    _call(
+        "bi_row_softmax_backward",
+        op,
+        _code(grad.dtype),
+        _code(out_dtype),
+        rows,
+        n,
+        grad.data_ptr(),
+        n,
+        output.data_ptr(),
+        n,
+        out.data_ptr(),
+        n,
+    )
     return out
 
 
@@ -135,9 +237,26 @@ def rms_norm(
     total = None if residual is None else torch.empty_like(x)
     code = _code(x.dtype)
     weight_code = code if weight is None else _code(weight.dtype)
-    _call("bi_rms_norm", code, weight_code, code, rows, n, variance_size, x.data_ptr(), n,
-          _address(residual), n, _address(weight), eps, out.data_ptr(), n, _address(total), n,
-          None)
+    _call(
+        "bi_rms_norm",
+        code,
+        weight_code,
+        code,
+        rows,
+        n,
+        variance_size,
+        x.data_ptr(),
+        n,
+        _address(residual),
+        n,
+        _address(weight),
+        eps,
+        out.data_ptr(),
+        n,
+        _address(total),
+        n,
+        None,
+    )
     return out, total
 
 
@@ -156,9 +275,25 @@ def layer_norm(
     code = _code(x.dtype)
     parameter = weight if weight is not None else bias
     parameter_code = code if parameter is None else _code(parameter.dtype)
-    _call("bi_layer_norm", code, parameter_code, code, rows, n, spatial, groups, x.data_ptr(), n,
-          _address(weight), _address(bias), eps, out.data_ptr(), n, mean.data_ptr(),
-          rstd.data_ptr())
+    _call(
+        "bi_layer_norm",
+        code,
+        parameter_code,
+        code,
+        rows,
+        n,
+        spatial,
+        groups,
+        x.data_ptr(),
+        n,
+        _address(weight),
+        _address(bias),
+        eps,
+        out.data_ptr(),
+        n,
+        mean.data_ptr(),
+        rstd.data_ptr(),
+    )
     return out, mean, rstd
 
 
@@ -166,8 +301,17 @@ def cumsum(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Running sums of the rows of a contiguous matrix."""
     rows, n = x.shape
     out = torch.empty(rows, n, dtype=out_dtype)
-    _call("bi_row_cumsum", _code(x.dtype), _code(out_dtype), rows, n, x.data_ptr(), n,
-          out.data_ptr(), n)
+    _call(
+        "bi_row_cumsum",
+        _code(x.dtype),
+        _code(out_dtype),
+        rows,
+        n,
+        x.data_ptr(),
+        n,
+        out.data_ptr(),
+        n,
+    )
     return out
 
 
@@ -176,8 +320,18 @@ def topk(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Te
     rows, n = x.shape
     values = torch.empty(rows, k, dtype=x.dtype)
     indices = torch.empty(rows, k, dtype=torch.int64)
-    _call("bi_row_topk", LARGEST if largest else SMALLEST, _code(x.dtype), rows, n, k,
-          x.data_ptr(), n, values.data_ptr(), indices.data_ptr())
+    _call(
+        "bi_row_topk",
+        LARGEST if largest else SMALLEST,
+        _code(x.dtype),
+        rows,
+        n,
+        k,
+        x.data_ptr(),
+        n,
+        values.data_ptr(),
+        indices.data_ptr(),
+    )
     return values, indices
 
 

@@ -22,9 +22,7 @@ from batch_invariant.ops.register import define
 
 CONTRACTS: dict[str, Op] = {
     op.name: op
-    for family in (
-        matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise
-    )
+    for family in (matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise)
     for op in family.OPS
 }
 """Every contract by operator name."""

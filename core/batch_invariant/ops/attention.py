@@ -152,8 +152,9 @@ def _fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    batch = torch.broadcast_shapes(query.shape[:-2], *(
-        () if enable_gqa else (key.shape[:-2], value.shape[:-2])))
+    batch = torch.broadcast_shapes(
+        query.shape[:-2], *(() if enable_gqa else (key.shape[:-2], value.shape[:-2]))
+    )
     shape = (*batch, query.size(-2))
     return query.new_empty(*shape, value.size(-1)), query.new_empty(shape, dtype=wide)
 
@@ -169,11 +170,7 @@ def _save(
 
 def _sum_to(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     lead = grad.dim() - like.dim()
-    dims = [
-        d
-        for d in range(grad.dim())
-        if d < lead or (like.size(d - lead) == 1 != grad.size(d))
-    ]
+    dims = [d for d in range(grad.dim()) if d < lead or (like.size(d - lead) == 1 != grad.size(d))]
     return sum(grad, dims, True).view(like.shape) if dims else grad
 
 
@@ -257,9 +254,7 @@ def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
     return scores + chains
 
 
-def _case(
-    heads: int, kv_heads: int, length: int, keys: int, size: int, mask: str = ""
-) -> Case:
+def _case(heads: int, kv_heads: int, length: int, keys: int, size: int, mask: str = "") -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
         attn_mask = None
         if mask in ("bool", "additive"):

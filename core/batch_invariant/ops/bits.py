@@ -33,9 +33,7 @@ class Mismatch:
 def mismatch(a: torch.Tensor, b: torch.Tensor) -> Mismatch | None:
     """None if shape, dtype and every bit are equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
-        raise ValueError(
-            f"cannot compare {a.dtype}{list(a.shape)} with {b.dtype}{list(b.shape)}"
-        )
+        raise ValueError(f"cannot compare {a.dtype}{list(a.shape)} with {b.dtype}{list(b.shape)}")
     unequal = bits(a) != bits(b)
     count = int(unequal.sum())
     if not count:

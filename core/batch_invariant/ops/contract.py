@@ -51,8 +51,9 @@ class Draw:
     def shared(self, *shape: int) -> torch.Tensor:
         if self.data is Data.CANCELLING:
             # Signed powers of two keep the pairs cancelling exactly.
-            exponent = torch.randint(-1, 2, (shape[0], *(1,) * (len(shape) - 1)),
-                                     generator=self.generator)
+            exponent = torch.randint(
+                -1, 2, (shape[0], *(1,) * (len(shape) - 1)), generator=self.generator
+            )
             return torch.exp2(exponent.float()).expand(shape).to(self.dtype).contiguous()
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 

@@ -16,6 +16,8 @@ def normalize(dim: Dims, rank: int) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(rank))
     wanted = (dim,) if isinstance(dim, int) else tuple(dim)
+    if len(wanted) == 1 and -rank <= wanted[0] < rank:
+        return (wanted[0] % rank,)
     if not wanted:
         return tuple(range(rank))
     size = max(rank, 1)
@@ -34,7 +36,10 @@ def normalize(dim: Dims, rank: int) -> tuple[int, ...]:
 
 def rows_of(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """`x` as a contiguous matrix [rows, n], n running over `dims` in ascending order."""
-    kept = [d for d in range(x.dim()) if d not in dims]
+    rank = x.dim()
+    if dims == (rank - 1,) and x.numel() and x.is_contiguous():
+        return x.view(-1, x.size(-1))
+    kept = [d for d in range(rank) if d not in dims]
     n = math.prod(x.size(d) for d in dims)
     rows = math.prod(x.size(d) for d in kept)
     return x.permute([*kept, *dims]).reshape(rows, n).contiguous()
@@ -42,6 +47,8 @@ def rows_of(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 
 def reduced_shape(shape: Sequence[int], dims: tuple[int, ...], keepdim: bool) -> list[int]:
     """The shape after reducing `dims`."""
+    if dims == (len(shape) - 1,):
+        return [*shape[:-1], 1] if keepdim else list(shape[:-1])
     if keepdim:
         return [1 if d in dims else size for d, size in enumerate(shape)]
     return [size for d, size in enumerate(shape) if d not in dims]
@@ -49,8 +56,11 @@ def reduced_shape(shape: Sequence[int], dims: tuple[int, ...], keepdim: bool) ->
 
 def rows_along(x: torch.Tensor, dim: int) -> torch.Tensor:
     """`x` as a contiguous matrix [rows, n] whose rows run along one dimension."""
-    if x.dim() == 0:
+    rank = x.dim()
+    if rank == 0:
         return x.reshape(1, 1)
+    if dim in (-1, rank - 1) and x.numel() and x.is_contiguous():
+        return x.view(-1, x.size(-1))
     return x.movedim(dim, -1).reshape(-1 if x.size(dim) else x.numel(), x.size(dim)).contiguous()
 
 
@@ -59,5 +69,7 @@ def from_rows_along(rows: torch.Tensor, shape: Sequence[int], dim: int) -> torch
     if not shape:
         return rows.reshape(())
     d = dim % len(shape)
+    if d == len(shape) - 1:
+        return rows.view(*shape[:-1], rows.size(-1))
     moved = [size for i, size in enumerate(shape) if i != d]
     return rows.view(*moved, rows.size(-1)).movedim(-1, d).contiguous()

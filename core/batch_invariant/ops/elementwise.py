@@ -186,10 +186,9 @@ OPS = (
         reference=torch.nn.functional.gelu,
         cases=(*_shaped(False, approximate="none"), *_shaped(False, approximate="tanh")),
         batch_axes={"self": 0},
-        error_bound=lambda self, approximate, dtype: _bound(
-            torch.nn.functional.gelu(self, approximate=approximate), self, dtype
-        )
-        * 2,
+        error_bound=lambda self, approximate, dtype: (
+            _bound(torch.nn.functional.gelu(self, approximate=approximate), self, dtype) * 2
+        ),
         setup_context=_save_gelu,
         backward=_back(_d_gelu),
     ),
@@ -200,9 +199,9 @@ OPS = (
         reference=torch.pow,
         cases=(*_shaped(True, exponent=1.7), *_shaped(False, exponent=3)),
         batch_axes={"self": 0},
-        error_bound=lambda self, exponent, dtype: _bound(
-            torch.pow(self, exponent), self, dtype
-        ) * 16,
+        error_bound=lambda self, exponent, dtype: (
+            _bound(torch.pow(self, exponent), self, dtype) * 16
+        ),
         setup_context=_save,
         backward=_back(_d_pow, 2),
     ),

@@ -306,9 +306,7 @@ def _addmv(
     alpha: Any = 1,
 ) -> torch.Tensor:
     addend = check_addend("addmv", self, (mat.size(0),))
-    out: torch.Tensor = kernel(
-        addend.unsqueeze(1), mat, vec.unsqueeze(1), beta=beta, alpha=alpha
-    )
+    out: torch.Tensor = kernel(addend.unsqueeze(1), mat, vec.unsqueeze(1), beta=beta, alpha=alpha)
     return out.squeeze(1)
 
 
@@ -325,7 +323,8 @@ def product_bound(
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     terms = a.size(-1) + 2
     return (
-        accumulate * terms * magnitude + unit * (exact.abs() + accumulate * terms * magnitude)
+        accumulate * terms * magnitude
+        + unit * (exact.abs() + accumulate * terms * magnitude)
         + torch.finfo(dtype).tiny
     )
 
@@ -449,9 +448,7 @@ OPS = (
             _case_linear(1031, 67, True),
         ),
         batch_axes={"input": 0},
-        error_bound=lambda input, weight, bias, dtype: product_bound(
-            input, weight.mT, bias, dtype
-        ),
+        error_bound=lambda input, weight, bias, dtype: product_bound(input, weight.mT, bias, dtype),
         composite={"linear": _linear},
         setup_context=_save_mm,
         backward=_back_linear,

@@ -27,7 +27,7 @@ def rms_norm(
     """`s / sqrt(mean(s^2) + eps) * weight` over the last dimension, with `s = input + residual`.
 
     input, residual: [..., N]; weight: [N] or None. The mean square is taken over the first
-    `variance_size` columns (None: all). eps None is the machine epsilon of the input's dtype.
+    `variance_size` columns (None: all). eps None is the machine epsilon of fp32, or of float64.
     Returns [..., N] in the input's dtype; with a residual, the pair of that and `s` rounded. The
     norm uses the unrounded fp32 `s`.
 
@@ -77,9 +77,7 @@ def group_norm(
     return out
 
 
-def check_affine(
-    name: str, shape: Sequence[int], **parameters: torch.Tensor | None
-) -> None:
+def check_affine(name: str, shape: Sequence[int], **parameters: torch.Tensor | None) -> None:
     """Raises unless every parameter that is given has that shape."""
     for which, parameter in parameters.items():
         if parameter is not None and list(parameter.shape) != list(shape):
@@ -201,7 +199,7 @@ def _back_rms_norm(
     s = input.to(wide) if residual is None else input.to(wide) + residual.to(wide)
     g = grad.to(wide)
     size = ctx.variance_size or s.size(-1)
-    eps = torch.finfo(input.dtype).eps if ctx.eps is None else ctx.eps
+    eps = torch.finfo(wide).eps if ctx.eps is None else ctx.eps
     r = 1 / (mean(s[..., :size].square(), -1, True) + eps).sqrt()
     gw = g if weight is None else g * weight.to(wide)
     inner = sum(gw * s, -1, True) * r * r * r / size
@@ -323,7 +321,13 @@ def _back_layer_norm(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tenso
     input, weight, bias, mean_, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
     gx, gw, gb = layer_norm_backward(
-        grad, input, ctx.normalized_shape, mean_, rstd, weight, bias,
+        grad,
+        input,
+        ctx.normalized_shape,
+        mean_,
+        rstd,
+        weight,
+        bias,
         (needs[0], needs[2], needs[3]),
     )
     return gx, None, gw, gb, None
@@ -340,7 +344,15 @@ def _back_group_norm(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tenso
     needs = ctx.needs_input_grad
     N, C = input.shape[:2]
     gx, gw, gb = group_norm_backward(
-        grad, input, mean_, rstd, weight, N, C, input.numel() // max(N * C, 1), ctx.num_groups,
+        grad,
+        input,
+        mean_,
+        rstd,
+        weight,
+        N,
+        C,
+        input.numel() // max(N * C, 1),
+        ctx.num_groups,
         (needs[0], needs[2], needs[3]),
     )
     return gx, None, gw, gb, None
@@ -379,8 +391,15 @@ def _rms_norm_aten(
     check_layer_norm(input, normalized_shape, weight, None)
     n = math.prod(normalized_shape)
     flat = None if weight is None else weight.reshape(n)
-    out: torch.Tensor = kernel(input.reshape(*stats_shape(input, normalized_shape)[
-        : input.dim() - len(normalized_shape)], n), flat, eps, None, None)[0]
+    out: torch.Tensor = kernel(
+        input.reshape(
+            *stats_shape(input, normalized_shape)[: input.dim() - len(normalized_shape)], n
+        ),
+        flat,
+        eps,
+        None,
+        None,
+    )[0]
     return out.view(input.shape)
 
 
@@ -437,7 +456,7 @@ def _bound_rms_norm(dtype: torch.dtype, **args: Any) -> torch.Tensor:
 def _bound_layer_norm(dtype: torch.dtype, **args: Any) -> torch.Tensor:
     exact, mean_, rstd = _ref_layer_norm(**args)
     input, weight, bias = args["input"], args["weight"], args["bias"]
-    magnitude = ((input.abs() + mean_.abs() + input.abs().amax()) * rstd)
+    magnitude = (input.abs() + mean_.abs() + input.abs().amax()) * rstd
     magnitude = magnitude if weight is None else magnitude * weight.abs()
     magnitude = magnitude if bias is None else magnitude + bias.abs()
     return sum_bound(magnitude, exact, math.prod(args["normalized_shape"]) + 8, dtype)
@@ -526,8 +545,11 @@ OPS = (
         ),
         fake=_fake_layer_norm,
         reference=_ref_layer_norm,
-        cases=(_case_layer((1024,), True), _case_layer((4099,), False),
-               _case_layer((33, 40), True)),
+        cases=(
+            _case_layer((1024,), True),
+            _case_layer((4099,), False),
+            _case_layer((33, 40), True),
+        ),
         batch_axes={"input": 0},
         out_axes=(0, 0, 0),
         error_bound=_bound_layer_norm,

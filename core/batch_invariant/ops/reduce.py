@@ -91,9 +91,7 @@ def norm(
     ord 2: root of the lane sum of rounded squares; 1: lane sum of magnitudes; 0: count of
     non-zeros; inf, -inf: exact; others: by powers.
     """
-    out: torch.Tensor = torch.ops.batch_invariant.norm.default(
-        self, ord, dim, keepdim, dtype=dtype
-    )
+    out: torch.Tensor = torch.ops.batch_invariant.norm.default(self, ord, dim, keepdim, dtype=dtype)
     return out
 
 
@@ -114,9 +112,7 @@ def _fake_sum(
     self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> torch.Tensor:
     dims = normalize(dim, self.dim())
-    return self.new_empty(
-        reduced_shape(self.shape, dims, keepdim), dtype=result_dtype(self, dtype)
-    )
+    return self.new_empty(reduced_shape(self.shape, dims, keepdim), dtype=result_dtype(self, dtype))
 
 
 def _fake_mean(
@@ -282,7 +278,12 @@ def _sum_all(kernel: Any, self: torch.Tensor, *, dtype: Any = None) -> torch.Ten
 
 
 def _norm_dims(
-    kernel: Any, self: torch.Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *,
+    kernel: Any,
+    self: torch.Tensor,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
     dtype: Any = None,
 ) -> torch.Tensor:
     out: torch.Tensor = kernel(self, 2 if p is None else p, dim, keepdim, dtype=dtype)
@@ -290,7 +291,11 @@ def _norm_dims(
 
 
 def _with_mean(
-    kernel: Any, self: torch.Tensor, dim: Any = None, *, correction: Any = None,
+    kernel: Any,
+    self: torch.Tensor,
+    dim: Any = None,
+    *,
+    correction: Any = None,
     keepdim: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out: torch.Tensor = kernel(self, dim, correction=correction, keepdim=keepdim)
@@ -339,9 +344,7 @@ def _bound_norm(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> t
     return sum_bound(exact, exact, _reduced_elements(self, exact), dtype)
 
 
-def _bound_logsumexp(
-    self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any
-) -> torch.Tensor:
+def _bound_logsumexp(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
     exact = self.logsumexp(dim)
     n = _reduced_elements(self, exact)
     return sum_bound(self.amax(dim).abs() + 1, exact, n + 8, dtype)
@@ -424,10 +427,7 @@ OPS = (
     ),
     Op(
         name="prod",
-        schema=(
-            "(Tensor self, int? dim, bool keepdim, *, ScalarType? dtype=None)"
-            " -> Tensor"
-        ),
+        schema=("(Tensor self, int? dim, bool keepdim, *, ScalarType? dtype=None) -> Tensor"),
         fake=_fake_prod,
         reference=torch.prod,
         cases=(_case_factors(1024), _case_factors(4099)),
@@ -442,8 +442,7 @@ OPS = (
     Op(
         name="var",
         schema=(
-            "(Tensor self, int[1]? dim, *, Scalar? correction=None, bool keepdim=False)"
-            " -> Tensor"
+            "(Tensor self, int[1]? dim, *, Scalar? correction=None, bool keepdim=False) -> Tensor"
         ),
         fake=_fake_var,
         reference=torch.var,
@@ -457,8 +456,7 @@ OPS = (
     Op(
         name="std",
         schema=(
-            "(Tensor self, int[1]? dim, *, Scalar? correction=None, bool keepdim=False)"
-            " -> Tensor"
+            "(Tensor self, int[1]? dim, *, Scalar? correction=None, bool keepdim=False) -> Tensor"
         ),
         fake=_fake_var,
         reference=torch.std,

@@ -14,9 +14,7 @@ from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.reduce import result_dtype, sum_bound
 
 
-def cumsum(
-    self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def cumsum(self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The running sum along `dim`, as `torch.cumsum`; shape of the input."""
     out: torch.Tensor = torch.ops.batch_invariant.cumsum.default(self, dim, dtype=dtype)
     return out

@@ -102,15 +102,14 @@ OPS = (
     ),
     Op(
         name="topk",
-        schema=(
-            "(Tensor self, int k, int dim, bool largest, bool sorted)"
-            " -> (Tensor, Tensor)"
-        ),
+        schema=("(Tensor self, int k, int dim, bool largest, bool sorted) -> (Tensor, Tensor)"),
         fake=_fake_topk,
         reference=_ref_topk,
         cases=(
             Case("8 of 1024", lambda draw, rows: _topk_arguments(draw.rows(rows, 1024), 8)),
-            Case("50 of 4099 ties", lambda draw, rows: _topk_arguments(_ties(draw, rows, 4099), 50)),
+            Case(
+                "50 of 4099 ties", lambda draw, rows: _topk_arguments(_ties(draw, rows, 4099), 50)
+            ),
         ),
         batch_axes={"self": 0},
         out_axes=(0, 0),

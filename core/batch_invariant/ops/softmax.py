@@ -15,17 +15,13 @@ from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.reduce import sum_bound
 
 
-def softmax(
-    self: torch.Tensor, dim: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """exp(self) / sum(exp(self)) along `dim`, as `torch.softmax`; `dtype` casts the input first."""
     out: torch.Tensor = torch.ops.batch_invariant.softmax.default(self, dim, dtype)
     return out
 
 
-def log_softmax(
-    self: torch.Tensor, dim: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def log_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """log(softmax(self)) along `dim`, as `torch.log_softmax`; `dtype` casts the input first."""
     out: torch.Tensor = torch.ops.batch_invariant.log_softmax.default(self, dim, dtype)
     return out
@@ -58,16 +54,12 @@ def _back(name: str) -> Callable[..., Any]:
     return back
 
 
-def _half_to_float(
-    kernel: Any, self: torch.Tensor, dim: int, half_to_float: bool
-) -> torch.Tensor:
+def _half_to_float(kernel: Any, self: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
     out: torch.Tensor = kernel(self, dim, torch.float32 if half_to_float else None)
     return out
 
 
-def _safe_softmax(
-    kernel: Any, self: torch.Tensor, dim: int, dtype: Any = None
-) -> torch.Tensor:
+def _safe_softmax(kernel: Any, self: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
     out: torch.Tensor = kernel(self, dim, dtype)
     masked = (self == -torch.inf).all(dim, keepdim=True)
     return out.masked_fill(masked, 0.0)
@@ -77,9 +69,7 @@ def _softmax_derivative(g: torch.Tensor, y: torch.Tensor, dim: int, dtype: Any) 
     return ((g - (g * y).sum(dim, keepdim=True)) * y).to(dtype)
 
 
-def _log_softmax_derivative(
-    g: torch.Tensor, y: torch.Tensor, dim: int, dtype: Any
-) -> torch.Tensor:
+def _log_softmax_derivative(g: torch.Tensor, y: torch.Tensor, dim: int, dtype: Any) -> torch.Tensor:
     return (g - y.exp() * g.sum(dim, keepdim=True)).to(dtype)
 
 
@@ -124,9 +114,7 @@ def _case_backward(n: int, log: bool) -> Case:
 
 
 _CASES = (_case(1024), _case(4099), _case(20011), _case(1030, torch.float32), _case_middle(1025, 3))
-_BACKWARD = (
-    "(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor"
-)
+_BACKWARD = "(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor"
 
 OPS = (
     Op(

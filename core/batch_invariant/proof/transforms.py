@@ -41,12 +41,18 @@ def variants(args: Args, axes: Axes, seed: int = 0) -> Iterator[Variant]:
     for count in POPULATIONS:
         start = (ROWS - count) // 2
         chosen = everything[start : start + count]
-        yield Variant("T1 population", f"{count} of {ROWS} rows", _take(args, axes, chosen),
-                      chosen, list(range(count)))
+        yield Variant(
+            "T1 population",
+            f"{count} of {ROWS} rows",
+            _take(args, axes, chosen),
+            chosen,
+            list(range(count)),
+        )
     for label, order in (("reversed", everything[::-1]), ("rolled by 13", _rolled(13))):
         yield Variant("T2 position", label, _take(args, axes, order), order, everything)
-    yield Variant("T2 position", "at another address", _misaligned(args, axes), everything,
-                  everything)
+    yield Variant(
+        "T2 position", "at another address", _misaligned(args, axes), everything, everything
+    )
     generator = torch.Generator().manual_seed(seed)
     others = [row for row in everything if row not in _KEPT]
     for label, fill in _NEIGHBOURS.items():

@@ -149,9 +149,7 @@ def _transforms(
         checks += 1
         found = compare(base, run(variant.args), out_axes, variant)
         if found is not None:
-            breaks.append(
-                Break(case.label, data, variant.transform, f"{variant.label}: {found}")
-            )
+            breaks.append(Break(case.label, data, variant.transform, f"{variant.label}: {found}"))
     return checks, breaks
 
 
