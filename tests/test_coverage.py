@@ -73,6 +73,7 @@ _REFUSED: dict[str, Callable[[], object]] = {
     "scatter_reduce": lambda: torch.zeros(3).scatter_reduce(
         0, torch.tensor([0, 0]), torch.ones(2), "mean"
     ),
+    "cumprod to float": lambda: torch.ones(3, dtype=torch.int64).cumprod(0, dtype=torch.float32),
     "sparse": lambda: torch.eye(3).to_sparse() @ torch.ones(3, 3),
     "mkldnn": lambda: torch.ones(3, 3).to_mkldnn().sigmoid(),
 }

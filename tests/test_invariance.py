@@ -65,7 +65,7 @@ def test_a_wrong_value_is_caught_by_the_bound() -> None:
     args = draw(op, op.cases[0], torch.float32, Data.NORMAL)
 
     def run(call: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        return (bi.mm(call["self"], call["mat2"]) + 0.01,)
+        return (bi.mm(call["self"], call["mat2"]) + 1.0,)
 
     assert "beyond the bound" in (accuracy(op, args, torch.float32, run) or "")
 

@@ -276,3 +276,28 @@ def test_functional_matmul_refuses_what_torch_refuses() -> None:
         bi.matmul(torch.ones(()), torch.ones(3))
     with pytest.raises(RuntimeError, match="inner sizes"):
         bi.matmul(torch.ones(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(70, 33), (3, 40, 17), (2, 1100, 16), (2, 3, 50, 4, 5)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_middle_dimensions_have_the_bits_of_the_last(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Walking down columns and along rows is one order."""
+    x = torch.randn(shape).to(dtype)
+    for dim in range(x.dim() - 1):
+        rows = x.movedim(dim, -1).contiguous()
+        for call in (
+            bi.sum,
+            bi.mean,
+            bi.var,
+            bi.norm,
+            lambda t, d: bi.norm(t, 3, d),
+            lambda t, d: bi.norm(t, float("inf"), d),
+        ):
+            if call is bi.norm:
+                got, want = bi.norm(x, 2, dim), bi.norm(rows, 2, -1)
+            else:
+                got, want = call(x, dim), call(rows, -1)
+            assert torch.equal(got, want)
+        assert torch.equal(bi.cumsum(x, dim).movedim(dim, -1), bi.cumsum(rows, -1))

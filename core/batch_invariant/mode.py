@@ -156,16 +156,19 @@ def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
 ) -> torch.library.Library:
     key = dispatch_key(device_type)
-    plain, with_keyset, composite = overrides(device_type, fault)
+    plain, with_keyset, composite = (
+        {name: fn for name, fn in table.items() if _runs_on(name, key)}
+        for table in overrides(device_type, fault)
+    )
     refused = coverage.refused_overloads(
         covered={f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
     )
     library = torch.library.Library("aten", "IMPL")
 
     def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
-        if name.split(".")[0].rstrip("_") in allow or name.split(".")[0] in allow:
+        if name.split(".")[0] in allow or coverage.base_of(name) in allow:
             return
-        if f"aten/{name.replace('.default', '')}/{at}" in torch.library._impls:
+        if f"aten/{name}/{at}" in torch.library._impls:
             raise OverrideClash(
                 f"aten::{name} is already overridden at {at} by another library, which would "
                 "decide the bits; import batch_invariant without it, or turn its mode off first"
@@ -246,7 +249,15 @@ def _raise(fault: BatchInvariantError) -> Callable[..., NoReturn]:
 
 
 def _exists(name: str) -> bool:
-    return torch._C._dispatch_has_kernel(f"aten::{name}") if name else False
+    """Whether this torch has the overload."""
+    found: bool = torch._C._dispatch_has_kernel(f"aten::{name}")
+    return found
+
+
+def _runs_on(name: str, key: str) -> bool:
+    """Whether a call of the overload can reach a device; CPU-only operators are not CUDA's."""
+    found: bool = torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", key)
+    return found
 
 
 @functools.cache
@@ -318,7 +329,7 @@ def _refuse(
 ) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values())
-        if reason.only_floating and not any(map(_is_inexact, _tensors(values))):
+        if reason.only_floating and not any(map(_is_inexact, _dtypes(values))):
             return stock(name, key)(*args, **kwargs)
         if fault is not None:
             raise fault
@@ -327,16 +338,19 @@ def _refuse(
     return refuse
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _dtypes(values: Iterable[Any]) -> Iterator[torch.dtype]:
+    """The dtypes of the tensors among the arguments, and those that are asked for."""
     for value in values:
         if isinstance(value, torch.Tensor):
+            yield value.dtype
+        elif isinstance(value, torch.dtype):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from _dtypes(value)
 
 
-def _is_inexact(tensor: torch.Tensor) -> bool:
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+def _is_inexact(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _describe(value: Any) -> str:

@@ -157,7 +157,7 @@ def _choose(device_type: str) -> Backend:
         device_type,
         f"no installed backend can run on {device_type!r} tensors"
         + (f" ({'; '.join(reasons)})" if reasons else ""),
-        "run `bi doctor` to see what to install",
+        f"install a backend package for {device_type!r}, or keep the tensors on the CPU",
     )
 
 

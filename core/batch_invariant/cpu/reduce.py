@@ -13,7 +13,7 @@ from batch_invariant.cpu import rows
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
-from batch_invariant.ops.dims import normalize, reduced_shape, rows_of
+from batch_invariant.ops.dims import columns_of, normalize, reduced_shape, rows_of
 from batch_invariant.ops.reduce import check_floating, result_dtype
 from batch_invariant.ops.row_order import lane_prod, lane_sum
 from batch_invariant.stock import stock
@@ -33,11 +33,20 @@ def cast(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return x.to(dtype)
 
 
+def _laid_out(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The input as `cpu/rows.py` takes it: columns where that saves a copy, else rows."""
+    if len(dims) == 1 and x.dtype in FLOATS:
+        columns = columns_of(x, dims[0])
+        if columns is not None:
+            return columns
+    return rows_of(x, dims)
+
+
 def _sum(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if _exact(self, dtype):
         return stock("sum.dim_IntList")(self, dim, keepdim, dtype=dtype)
     dims = normalize(dim, self.dim())
-    x = rows_of(cast(self, dtype), dims)
+    x = _laid_out(cast(self, dtype), dims)
     out = lane_sum(x) if x.dtype == torch.float64 else rows.reduce(rows.SUM, x, dtype or x.dtype)
     return out.view(reduced_shape(self.shape, dims, keepdim))
 
@@ -49,7 +58,7 @@ def _mean(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: 
             "in the tensor or in the dtype argument"
         )
     dims = normalize(dim, self.dim())
-    x = rows_of(cast(self, dtype), dims)
+    x = _laid_out(cast(self, dtype), dims)
     if x.dtype == torch.float64:
         out = lane_sum(x) / x.size(1)
     else:
@@ -63,7 +72,7 @@ def _prod(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: 
             return stock("prod")(self, dtype=dtype)
         return stock("prod.dim_int")(self, dim, keepdim, dtype=dtype)
     dims = normalize(dim, self.dim())
-    x = rows_of(cast(self, dtype), dims)
+    x = _laid_out(cast(self, dtype), dims)
     out_dtype = result_dtype(x, dtype)
     out = lane_prod(x) if x.dtype == torch.float64 else rows.reduce(rows.PROD, x, out_dtype)
     return out.view(reduced_shape(self.shape, dims, keepdim))
@@ -76,7 +85,7 @@ def _spread(root: bool) -> Callable[..., torch.Tensor]:
         check_floating("std" if root else "var", self)
         degrees = 1 if correction is None else correction
         dims = normalize(dim, self.dim())
-        x = rows_of(self, dims)
+        x = _laid_out(cast(self, None), dims)
         if x.dtype == torch.float64:
             n = x.size(1)
             centred = x - (lane_sum(x) / n)[:, None]
@@ -108,10 +117,12 @@ def _norm(
 ) -> torch.Tensor:
     check_floating("norm", self)
     dims = normalize(dim, self.dim())
-    x = rows_of(cast(self, dtype), dims)
+    is_native = float(ord) in _NATIVE_NORM
+    x = cast(self, dtype)
+    x = _laid_out(x, dims) if is_native else rows_of(x, dims)
     if x.size(1) == 0 and (ord < 0 or ord == math.inf):
         raise RuntimeError(f"norm: order {ord} has no value for an empty dimension")
-    if x.dtype != torch.float64 and float(ord) in _NATIVE_NORM:
+    if x.dtype != torch.float64 and is_native:
         out = rows.reduce(_NATIVE_NORM[float(ord)], x, dtype or x.dtype)
     else:
         out = _power_norm(x, float(ord)).to(dtype or x.dtype)

@@ -11,117 +11,36 @@ import torch
 from batch_invariant.cpu import native
 from batch_invariant.errors import OpNotSupported
 
-_i32, _i64, _pointer, _double = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-
 SUM, MEAN, PROD, NORM0, NORM1, NORM2, NORM_INF, NORM_NEG_INF = range(8)
 SOFTMAX, LOG_SOFTMAX = range(2)
 LARGEST, SMALLEST = range(2)
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 
-_SIGNATURES: dict[str, list[Any]] = {
-    "bi_row_reduce": [_i32, _i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
-    "bi_row_var": [
-        _i32,
-        _i32,
-        _i32,
-        _i64,
-        _i64,
-        _pointer,
-        _i64,
-        _double,
-        _pointer,
-        _pointer,
-        _i32,
-    ],
-    "bi_row_softmax": [
-        _i32,
-        _i32,
-        _i32,
-        _i64,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _i64,
-        _i32,
-    ],
-    "bi_row_logsumexp": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
-    "bi_row_softmax_backward": [
-        _i32,
-        _i32,
-        _i32,
-        _i64,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _i64,
-        _i32,
-    ],
-    "bi_rms_norm": [
-        _i32,
-        _i32,
-        _i32,
-        _i64,
-        _i64,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _double,
-        _pointer,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _i32,
-    ],
-    "bi_layer_norm": [
-        _i32,
-        _i32,
-        _i32,
-        _i64,
-        _i64,
-        _i64,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _pointer,
-        _double,
-        _pointer,
-        _i64,
-        _pointer,
-        _pointer,
-        _i32,
-    ],
-    "bi_row_cumsum": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i64, _i32],
-    "bi_row_topk": [
-        _i32,
-        _i32,
-        _i64,
-        _i64,
-        _i64,
-        _pointer,
-        _i64,
-        _pointer,
-        _pointer,
-        _i32,
-    ],
-    "bi_row_argmax": [_i32, _i32, _i64, _i64, _pointer, _i64, _pointer, _i32],
+_TYPES = {"i": ctypes.c_int32, "l": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double}
+_SIGNATURES = {
+    "bi_row_reduce": "iiillplpi",
+    "bi_row_var": "iiillpldppi",
+    "bi_row_softmax": "iiillplpli",
+    "bi_row_logsumexp": "iillplpi",
+    "bi_row_softmax_backward": "iiillplplpli",
+    "bi_rms_norm": "iiilllplplpdplplpi",
+    "bi_layer_norm": "iiillllplppdplppi",
+    "bi_row_cumsum": "iillplpli",
+    "bi_row_topk": "iilllplppi",
+    "bi_row_argmax": "iillplpi",
+    "bi_column_reduce": "iiilllpllpi",
+    "bi_column_var": "iiilllplldppi",
+    "bi_column_cumsum": "iilllpllpi",
 }
+"""Argument types of the entry points, a letter each, in the order of native/rows.h."""
 
 
 @cache
 def _entry(name: str) -> Any:
     entry = getattr(native.library(), name)
-    entry.argtypes = _SIGNATURES[name]
-    entry.restype = _i32
+    entry.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    entry.restype = ctypes.c_int32
     return entry
 
 
@@ -145,32 +64,37 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def reduce(op: int, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """One of SUM ... NORM_NEG_INF over the rows of a contiguous matrix; returns [rows]."""
-    rows, n = x.shape
-    out = torch.empty(rows, dtype=out_dtype)
-    _call(
-        "bi_row_reduce",
-        op,
-        _code(x.dtype),
-        _code(out_dtype),
-        rows,
-        n,
-        x.data_ptr(),
-        n,
-        out.data_ptr(),
-    )
+    """One of SUM ... NORM_NEG_INF of contiguous data.
+
+    Over the rows of [rows, n], returns [rows]; or over the middle of [outer, n, inner], with the
+    same bits, returns [outer * inner].
+    """
+    codes = (op, _code(x.dtype), _code(out_dtype))
+    out = torch.empty(_results(x), dtype=out_dtype)
+    if x.dim() == 2:
+        rows, n = x.shape
+        _call("bi_row_reduce", *codes, rows, n, x.data_ptr(), n, out.data_ptr())
+    else:
+        _call("bi_column_reduce", *codes, *x.shape, x.data_ptr(), *x.stride()[:2], out.data_ptr())
     return out
 
 
 def variance(x: torch.Tensor, correction: float, root: bool) -> torch.Tensor:
-    """Variance, or its root, of the rows of a contiguous matrix; returns [rows]."""
-    rows, n = x.shape
-    out = torch.empty(rows, dtype=x.dtype)
+    """Variance, or its root, of contiguous data, laid out as for `reduce`."""
     code = _code(x.dtype)
-    _call(
-        "bi_row_var", root, code, code, rows, n, x.data_ptr(), n, correction, out.data_ptr(), None
-    )
+    out = torch.empty(_results(x), dtype=x.dtype)
+    if x.dim() == 2:
+        rows, n = x.shape
+        where = (rows, n, x.data_ptr(), n)
+        _call("bi_row_var", root, code, code, *where, correction, out.data_ptr(), None)
+    else:
+        where = (*x.shape, x.data_ptr(), *x.stride()[:2])
+        _call("bi_column_var", root, code, code, *where, correction, out.data_ptr(), None)
     return out
+
+
+def _results(x: torch.Tensor) -> int:
+    return x.size(0) if x.dim() == 2 else x.size(0) * x.size(2)
 
 
 def softmax(op: int, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -298,20 +222,14 @@ def layer_norm(
 
 
 def cumsum(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """Running sums of the rows of a contiguous matrix."""
-    rows, n = x.shape
-    out = torch.empty(rows, n, dtype=out_dtype)
-    _call(
-        "bi_row_cumsum",
-        _code(x.dtype),
-        _code(out_dtype),
-        rows,
-        n,
-        x.data_ptr(),
-        n,
-        out.data_ptr(),
-        n,
-    )
+    """Running sums of contiguous data along [rows, n], or along the middle of [outer, n, inner]."""
+    codes = (_code(x.dtype), _code(out_dtype))
+    out = torch.empty(x.shape, dtype=out_dtype)
+    if x.dim() == 2:
+        rows, n = x.shape
+        _call("bi_row_cumsum", *codes, rows, n, x.data_ptr(), n, out.data_ptr(), n)
+    else:
+        _call("bi_column_cumsum", *codes, *x.shape, x.data_ptr(), *x.stride()[:2], out.data_ptr())
     return out
 
 

@@ -11,7 +11,7 @@ from batch_invariant.cpu import rows
 from batch_invariant.cpu.reduce import cast
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
-from batch_invariant.ops.dims import from_rows_along, normalize, rows_along
+from batch_invariant.ops.dims import columns_of, from_rows_along, normalize, rows_along
 from batch_invariant.stock import stock
 
 
@@ -20,8 +20,12 @@ def _cumsum(self: torch.Tensor, dim: int, *, dtype: Any = None) -> torch.Tensor:
     if not result.is_floating_point and not result.is_complex:
         out: torch.Tensor = stock("cumsum")(self, dim, dtype=dtype)
         return out
-    normalize(dim, self.dim())
-    x = rows_along(cast(self, dtype), dim)
+    (d,) = normalize(dim, self.dim()) or (0,)
+    wide = cast(self, dtype)
+    columns = columns_of(wide, d) if self.dim() and wide.dtype in FLOATS else None
+    if columns is not None:
+        return rows.cumsum(columns, result).view(self.shape)
+    x = rows_along(wide, dim)
     sums = _serial(x) if x.dtype == torch.float64 else rows.cumsum(x, result)
     return from_rows_along(sums, self.shape, dim)
 

@@ -45,6 +45,18 @@ def rows_of(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     return x.permute([*kept, *dims]).reshape(rows, n).contiguous()
 
 
+def columns_of(x: torch.Tensor, dim: int) -> torch.Tensor | None:
+    """A view [outer, n, inner] with `dim` in the middle and unit stride in inner.
+
+    None where `dim` is the last one, the data is not contiguous, or `inner` is too narrow to be
+    worth walking down columns.
+    """
+    inner = math.prod(x.shape[dim + 1 :])
+    if dim == x.dim() - 1 or inner < 16 or not x.numel() or not x.is_contiguous():
+        return None
+    return x.view(-1, x.size(dim), inner)
+
+
 def reduced_shape(shape: Sequence[int], dims: tuple[int, ...], keepdim: bool) -> list[int]:
     """The shape after reducing `dims`."""
     if dims == (len(shape) - 1,):
