@@ -160,9 +160,12 @@ def _override(
         {name: fn for name, fn in table.items() if _runs_on(name, key)}
         for table in overrides(device_type, fault)
     )
-    refused = coverage.refused_overloads(
-        covered={f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
-    )
+    covered = {f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
+    refused = {
+        name.removeprefix("aten::"): reason
+        for name, reason in coverage.refused_overloads(covered, key).items()
+        if _runs_on(name.removeprefix("aten::"), key)
+    }
     library = torch.library.Library("aten", "IMPL")
 
     def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
@@ -175,7 +178,7 @@ def _override(
             )
         library.impl(name, fn, at, with_keyset=keyset)
 
-    capture((*plain, *with_keyset, *(n.removeprefix("aten::") for n in refused)), key)
+    capture((*plain, *with_keyset, *refused), key)
     layouts = {
         layout: coverage.refused_layouts(layout)
         for layout in coverage.OTHER_LAYOUTS.get(device_type, ())
@@ -191,8 +194,7 @@ def _override(
                 impl(name, fn, key)
                 impl(name, fn, f"Autograd{key}")
             for name, reason in refused.items():
-                short = name.removeprefix("aten::")
-                impl(short, _refuse(short, reason, key, fault), key)
+                impl(name, _refuse(name, reason, key, fault), key)
             for layout, names in layouts.items():
                 for name, reason in names.items():
                     short = name.removeprefix("aten::")
