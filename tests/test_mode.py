@@ -287,3 +287,16 @@ def test_stock_kernels_are_reachable_while_overridden() -> None:
     before = X @ W
     with bi.enabled():
         assert torch.equal(stock.stock("mm")(X, W), before)
+
+
+def test_a_device_without_backend_is_refused_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covered and uncovered operators alike say that the device has no backend."""
+    monkeypatch.setenv("BATCH_INVARIANT_BACKEND", "asend")
+    bi.use_backend(None)
+    with bi.enabled():
+        for call in (lambda: X @ W, lambda: X.exp(), lambda: torch.fft.rfft(X), lambda: X.sum()):
+            with pytest.raises(bi.UnknownBackend, match="unknown backend 'asend'"):
+                call()
+        assert X.relu().shape == X.shape
+    monkeypatch.delenv("BATCH_INVARIANT_BACKEND")
+    bi.use_backend(None)

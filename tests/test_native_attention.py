@@ -21,8 +21,6 @@ CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 EXP = 0  # of bi_map
 INF = float("inf")
 
-if native.availability() is not None:
-    pytest.skip(native.availability(), allow_module_level=True)
 LIBRARY = native.library()
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]

@@ -22,8 +22,6 @@ PACK = struct.Struct("=6qQ2qQ3qQ3qQ4q2d").pack
 CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 KN, NK = 0, 1
 
-if native.availability() is not None:
-    pytest.skip(native.availability(), allow_module_level=True)
 LIBRARY = native.library()
 ORDERS = [o for o in native.BF16_ORDERS if LIBRARY.bi_bf16_order_supported(o)]
 KINDS = [(torch.float32, SERIAL), (torch.float64, SERIAL), (torch.float16, SERIAL)] + [

@@ -156,6 +156,7 @@ def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
 ) -> torch.library.Library:
     key = dispatch_key(device_type)
+    fault = fault or _missing_backend(device_type)
     plain, with_keyset, composite = (
         {name: fn for name, fn in table.items() if _runs_on(name, key)}
         for table in overrides(device_type, fault)
@@ -214,17 +215,13 @@ def overrides(
     """The aten overloads that the mode sends elsewhere on a device, by name.
 
     Returns those at the device's key, those that also take the keyset, and the composite ones,
-    which are overridden at the autograd key as well. With `fault`, or where the device has no
-    usable backend, they raise the reason.
+    which are overridden at the autograd key as well. With `fault` they raise it.
     """
     kernels: Mapping[str, Any] = {}
     extra: Mapping[str, Callable[..., Any]] = {}
     if fault is None:
-        try:
-            kernels = selector.kernels(device_type)
-            extra = selector.current_backend(device_type).aten_overrides()
-        except BatchInvariantError as error:
-            fault = error
+        kernels = selector.kernels(device_type)
+        extra = selector.current_backend(device_type).aten_overrides()
     plain: Overrides = {}
     composite: Overrides = {}
     for op in CONTRACTS.values():
@@ -243,9 +240,18 @@ def overrides(
     return plain, dict(extra), composite
 
 
+def _missing_backend(device_type: str) -> BatchInvariantError | None:
+    """Why no backend can run on a device, to be raised when something is computed there."""
+    try:
+        selector.kernels(device_type)
+    except BatchInvariantError as error:
+        return error
+    return None
+
+
 def _raise(fault: BatchInvariantError) -> Callable[..., NoReturn]:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise type(fault)(*fault.args) if type(fault).__init__ is RuntimeError.__init__ else fault
+        raise fault.with_traceback(None)
 
     return refuse
 
@@ -334,7 +340,7 @@ def _refuse(
         if reason.only_floating and not any(map(_is_inexact, _dtypes(values))):
             return stock(name, key)(*args, **kwargs)
         if fault is not None:
-            raise fault
+            raise fault.with_traceback(None)
         raise UncoveredOpError(f"aten::{name}", ", ".join(map(_describe, values)), reason.text)
 
     return refuse
