@@ -12,13 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from batch_invariant.cpu import native
 from native_rows import EXP, LOG, Rows, bits, runnable, same
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.skipif(
-    native.availability() is not None, reason=f"no native library: {native.availability()}"
-)
 LIBRARIES = runnable()
 INF, NAN = torch.inf, torch.nan
 

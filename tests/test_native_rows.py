@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from batch_invariant.cpu import native
 from batch_invariant.ops import row_order
 from batch_invariant.ops.row_order import lane_prod, lane_sum
 from native_rows import (
@@ -35,9 +34,6 @@ from native_rows import (
 )
 
 Tensor = torch.Tensor
-pytestmark = pytest.mark.skipif(
-    native.availability() is not None, reason=f"no native library: {native.availability()}"
-)
 LIBRARIES = runnable()
 LOW = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *LOW]
