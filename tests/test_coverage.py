@@ -281,3 +281,13 @@ def two_thread_counts() -> Iterator[int]:
         yield 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_foreach_operators_reach_the_covered_ones() -> None:
+    """They are listed as made of dispatched operators: their bits are those operators'."""
+    xs = [torch.randn(5003), torch.randn(40, 999)]
+    with bi.enabled():
+        for norm, x in zip(torch._foreach_norm(xs), xs, strict=True):
+            assert torch.equal(norm.reshape(()), bi.norm(x))
+        for value, x in zip(torch._foreach_sigmoid(xs), xs, strict=True):
+            assert torch.equal(value, bi.sigmoid(x))
