@@ -40,7 +40,7 @@ def test_doctor_in_a_pipe() -> None:
     assert done.returncode == 0, done.stderr
     assert "ok  cpu" in done.stdout
     assert "* selected for cpu" in done.stdout
-    assert "serial FMA chain over k in fp32" in done.stdout
+    assert "batch, portable: serial" in done.stdout
     assert "VLLM_BATCH_INVARIANT -> off; backend: auto; cpu -> cpu" in done.stdout
     assert "\x1b" not in done.stdout
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from batch_invariant.guarantee import Guarantee
+from batch_invariant.order import Order
 
 API_VERSION = 1
 """Raised whenever a backend written for the previous number would not work any more."""
@@ -31,19 +32,44 @@ class Kernel:
     fn: takes the arguments of the contract's schema, in its order, and returns new tensors.
     guarantee: what the rows' bits do not depend on.
     dtypes: input dtypes for which the guarantee holds.
-    order: the order of the additions, by dtype where it differs; for documentation and checks.
+    order: the order of the additions, by dtype where it differs. One that has a tree is compared
+        with the tree that probing finds.
     portable: dtypes with the same bits as the CPU reference on any device with IEEE fp32 FMA.
+    supports: takes what `fn` takes; None, or the reason why `fn` will refuse this very call. It
+        narrows `dtypes` where shapes or options matter; `fn` raises for what it refuses.
     """
 
     fn: Callable[..., Any]
     guarantee: Guarantee
     dtypes: frozenset[torch.dtype]
-    order: str | Mapping[torch.dtype, str]
+    order: Order | Mapping[torch.dtype, Order]
     portable: frozenset[torch.dtype] = frozenset()
+    supports: Callable[..., str | None] | None = None
 
-    def order_of(self, dtype: torch.dtype) -> str:
+    def order_of(self, dtype: torch.dtype) -> Order:
         """The order of the additions for inputs of this dtype."""
-        return self.order if isinstance(self.order, str) else self.order[dtype]
+        return self.order if isinstance(self.order, Order) else self.order[dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Something that a backend does not keep yet, and says so.
+
+    The proof kit expects the named checks to fail, and fails where they hold after all.
+
+    reason: why, for whoever reads the report; compulsory.
+    op, dtype, check: what is affected; None stands for all. `check` is a name of
+        `batch_invariant.proof.checks`, such as "T3 neighbours" or "kernel" (there is none).
+    """
+
+    reason: str
+    op: str | None = None
+    dtype: torch.dtype | None = None
+    check: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.reason.strip():
+            raise ValueError("a gap without a reason: say why the backend does not keep this yet")
 
 
 class Backend(abc.ABC):
@@ -72,6 +98,10 @@ class Backend(abc.ABC):
         stock kernel is position-dependent here. Each callable takes the dispatch keyset first.
         """
         return {}
+
+    def gaps(self) -> Sequence[Gap]:
+        """What this backend is known not to keep; everything else is checked and must hold."""
+        return ()
 
     def activate(self) -> None:
         """Sets vendor switches (determinism levels, fused features off) when it is selected."""

@@ -89,6 +89,7 @@ def _check(cls: object, name: str, distribution: str) -> None:
         "probe",
         "kernels",
         "aten_overrides",
+        "gaps",
         "activate",
         "deactivate",
         "to_native",

@@ -142,7 +142,7 @@ def _backends(report: dict[str, Any]) -> None:
                 entry["ops"][op] = {
                     str(dtype).removeprefix("torch."): {
                         "guarantee": str(kernel.guarantee),
-                        "order": kernel.order_of(dtype),
+                        "order": str(kernel.order_of(dtype)),
                         "portable": dtype in kernel.portable,
                     }
                     for dtype in CONTRACTS[op].dtypes

@@ -16,6 +16,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.attention import check_attention, expanded_heads
 from batch_invariant.ops.contract import FLOATS
+from batch_invariant.order import serial
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = range(3)
@@ -150,7 +151,7 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="serial chains over the head dimension and over the keys",
+        order=serial(),
         portable=frozenset(FLOATS),
     )
 }

@@ -25,6 +25,7 @@ from batch_invariant.backend import Kernel
 from batch_invariant.errors import UncoveredOpError
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
+from batch_invariant.order import undeclared
 from batch_invariant.stock import stock
 
 _WHOLE = 64
@@ -578,7 +579,7 @@ def _kernel(overload: str) -> Kernel:
         fn=fn,
         guarantee=Guarantee.PARALLEL,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="nothing is added across elements",
+        order=undeclared("nothing is added across elements"),
     )
 
 

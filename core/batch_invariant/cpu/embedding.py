@@ -7,6 +7,7 @@ import torch
 from batch_invariant.backend import Kernel
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
+from batch_invariant.order import undeclared
 from batch_invariant.stock import stock
 
 
@@ -20,7 +21,7 @@ KERNELS = {
         fn=_embedding,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="copies",
+        order=undeclared("copies"),
         portable=frozenset((*FLOATS, torch.float64)),
     )
 }

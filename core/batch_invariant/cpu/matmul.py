@@ -20,6 +20,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.matmul import check_addend, check_bmm, check_linear, check_mm
+from batch_invariant.order import Order, serial, undeclared
 from batch_invariant.stock import stock
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -176,20 +177,19 @@ def _linear(
 
 
 _BF16 = {
-    "amx": "TDPBF16PS tiles: 16 pairs of k in a step, ascending",
-    "vdpbf16ps": "VDPBF16PS chain: one pair of k in a step, ascending",
-    "serial": "serial FMA chain over k in fp32",
+    "amx": undeclared("TDPBF16PS tiles: 16 pairs of k in a step, ascending"),
+    "vdpbf16ps": undeclared("VDPBF16PS chain: one pair of k in a step, ascending"),
+    "serial": serial(),
 }
 
 
-class _Order(Mapping[torch.dtype, str]):
+class _Order(Mapping[torch.dtype, Order]):
     """The order by dtype; that of bf16 is asked of the machine when somebody wants to know."""
 
-    def __getitem__(self, dtype: torch.dtype) -> str:
+    def __getitem__(self, dtype: torch.dtype) -> Order:
         if dtype == torch.bfloat16:
             return _BF16[native.BF16_ORDERS[native.library().bi_bf16_order()]]
-        wide = "fp64" if dtype == torch.float64 else "fp32"
-        return f"serial FMA chain over k in {wide}"
+        return serial()
 
     def __iter__(self) -> Any:
         return iter((*FLOATS, torch.float64))

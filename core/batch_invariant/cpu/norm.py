@@ -20,7 +20,7 @@ from batch_invariant.ops.norm import (
     stats_dtype,
     stats_shape,
 )
-from batch_invariant.ops.row_order import lane_sum
+from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 
 
 def _parameter(p: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -132,7 +132,7 @@ def _kernel(fn: Callable[..., Any]) -> Kernel:
         fn=fn,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="lanes of row_order, folded by halves",
+        order=ROW_ORDER,
         portable=frozenset(FLOATS),
     )
 

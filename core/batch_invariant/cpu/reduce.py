@@ -15,7 +15,7 @@ from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.dims import columns_of, normalize, reduced_shape, rows_of
 from batch_invariant.ops.reduce import check_floating, result_dtype
-from batch_invariant.ops.row_order import lane_prod, lane_sum
+from batch_invariant.ops.row_order import ROW_ORDER, lane_prod, lane_sum
 from batch_invariant.stock import stock
 
 
@@ -160,16 +160,15 @@ def _logsumexp(self: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Ten
     return out.view(reduced_shape(x.shape, dims, keepdim))
 
 
-_LANES = "lanes of row_order, folded by halves"
 _PORTABLE = frozenset(FLOATS)
 
 
-def _kernel(fn: Callable[..., Any], order: str = _LANES) -> Kernel:
+def _kernel(fn: Callable[..., Any]) -> Kernel:
     return Kernel(
         fn=fn,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order=order,
+        order=ROW_ORDER,
         portable=_PORTABLE,
     )
 

@@ -12,6 +12,7 @@ from batch_invariant.cpu.reduce import cast
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.dims import columns_of, from_rows_along, normalize, rows_along
+from batch_invariant.order import serial
 from batch_invariant.stock import stock
 
 
@@ -44,7 +45,7 @@ KERNELS = {
         fn=_cumsum,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="serial",
+        order=serial(),
         portable=frozenset(FLOATS),
     )
 }

@@ -19,6 +19,7 @@ from batch_invariant.ops.dims import (
     rows_of,
 )
 from batch_invariant.ops.select import topk_shape
+from batch_invariant.order import undeclared
 from batch_invariant.stock import stock
 
 
@@ -52,7 +53,7 @@ def _kernel(fn: Callable[..., Any]) -> Kernel:
         fn=fn,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="exact selection, lowest index first",
+        order=undeclared("exact selection, lowest index first"),
         portable=frozenset((*FLOATS, torch.float64)),
     )
 

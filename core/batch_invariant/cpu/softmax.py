@@ -14,7 +14,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.dims import from_rows_along, normalize, rows_along
-from batch_invariant.ops.row_order import lane_sum
+from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 
 
 def _forward(op: int) -> Callable[..., torch.Tensor]:
@@ -69,7 +69,7 @@ def _kernel(fn: Callable[..., Any]) -> Kernel:
         fn=fn,
         guarantee=Guarantee.BATCH,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order="lanes of row_order, folded by halves",
+        order=ROW_ORDER,
         portable=frozenset(FLOATS),
     )
 

@@ -21,8 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from batch_invariant.order import lanes
+
 LANES = 1024
 SEGMENT = 8192
+ROW_ORDER = lanes(LANES, SEGMENT)
 
 
 def _fold(x: Tensor, identity: float, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -118,7 +118,7 @@ def _check(op: Op, backend: Backend, kernel: Kernel, dtype: torch.dtype) -> Resu
         op=op.name,
         dtype=str(dtype).removeprefix("torch."),
         guarantee=str(kernel.guarantee),
-        order=kernel.order_of(dtype),
+        order=str(kernel.order_of(dtype)),
         portable=dtype in kernel.portable,
         checks=checks,
         breaks=breaks,
