@@ -43,6 +43,10 @@ class OverrideClash(BatchInvariantError):
     """Another library has already overridden an operator that the mode must override."""
 
 
+class VarianceFound(BatchInvariantError):
+    """A function that was verified is not batch-invariant, or not deterministic."""
+
+
 class UncoveredOpError(BatchInvariantError):
     """With the mode on, an operator was called that mixes elements and has no invariant kernel."""
 

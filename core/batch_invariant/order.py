@@ -41,6 +41,16 @@ def serial() -> Order:
     return Order("serial", _chain)
 
 
+def reversed_groups(size: int) -> Order:
+    """One chain over groups of `size` terms, ascending, each group from its last to its first."""
+
+    def build(leaves: Sequence[int]) -> Tree:
+        starts = range(0, len(leaves), size)
+        return _chain(leaf for begin in starts for leaf in leaves[begin : begin + size][::-1])
+
+    return Order(f"serial, groups of {size} reversed", build)
+
+
 def fused(width: int) -> Order:
     """A chain of steps, each adding the next `width` terms and what is accumulated at once."""
 

@@ -22,10 +22,10 @@ def installed() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=GROUP):
         first = found.setdefault(entry.name, entry)
-        if first.value != entry.value or _distribution(first) != _distribution(entry):
+        if first.value != entry.value or distribution_of(first) != distribution_of(entry):
             raise BatchInvariantError(
-                f"two packages provide the backend {entry.name!r}: {_distribution(first)} "
-                f"({first.value}) and {_distribution(entry)} ({entry.value}); uninstall one of them"
+                f"two packages provide the backend {entry.name!r}: {distribution_of(first)} "
+                f"({first.value}) and {distribution_of(entry)} ({entry.value}); uninstall one of them"
             )
     return found
 
@@ -38,12 +38,18 @@ def load(name: str) -> Backend:
         raise UnknownBackend(name, list(entries))
     entry = entries[name]
     cls = _import(name)
-    _check(cls, name, _distribution(entry))
+    _check(cls, name, distribution_of(entry))
     backend: Backend = cls()
     return backend
 
 
-def _distribution(entry: EntryPoint) -> str:
+def distribution(name: str) -> str:
+    """Name and version of the package that provides a backend."""
+    return distribution_of(installed()[name])
+
+
+def distribution_of(entry: EntryPoint) -> str:
+    """Name and version of the package of an entry point."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 _COMMANDS = {
     "demo": "a real language model: each prompt alone and in batches, stock torch and invariant",
     "doctor": "what is installed, what works, what is selected, what to do next",
+    "fingerprint": "the order in which operators add, at several sizes of the batch",
     "verify": "every operator of a backend under transforms of the batch, bit for bit",
 }
 

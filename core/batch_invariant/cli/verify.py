@@ -1,11 +1,11 @@
-"""`bi verify`: a backend's operators under transforms of the batch, beside plain torch."""
+"""`bi verify`: a backend's operators under every check, and the certificate of what was found."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from batch_invariant.cli.render import Line, emit, progress
@@ -13,83 +13,134 @@ from batch_invariant.cli.render import Line, emit, progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bi verify`."""
-    parser.add_argument("--backend", metavar="NAME", help="verify this backend (default: selected)")
+    parser.add_argument(
+        "--backend", metavar="NAME", help="verify this backend (default: the CPU's)"
+    )
     parser.add_argument(
         "--op", action="append", default=[], metavar="NAME", help="only this operator (repeatable)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="every case and kind of data, gradients and torch's own checks: minutes, not seconds",
+    )
+    parser.add_argument("--json", action="store_true", help="the certificate on standard output")
+    parser.add_argument("--report", metavar="PATH", type=Path, help="write the certificate there")
+    parser.add_argument(
+        "--against",
+        metavar="PATH",
+        type=Path,
+        help="compare with an earlier certificate; promises or bits that changed are a failure",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if every operator holds, 1 if one breaks or the backend cannot run, 2 for bad arguments."""
-    import torch
-
+    """0 if everything holds (and nothing changed), 1 if not or the backend cannot run, 2 usage."""
+    from batch_invariant import selector
     from batch_invariant.errors import BatchInvariantError, ConfigurationError, UnknownBackend
-    from batch_invariant.ops import CONTRACTS
-    from batch_invariant.proof.verify import Result, verify
+    from batch_invariant.proof import certificate, checks
+    from batch_invariant.proof.changes import changes
+    from batch_invariant.proof.control import stock_varies
 
     started = time.perf_counter()
-    results: list[Result] = []
-    total = sum(len(CONTRACTS[n].dtypes) for n in (args.op or CONTRACTS) if n in CONTRACTS)
+    scope = "full" if args.full else "quick"
     try:
-        with progress(total, plain=False) as step:
-            for result in verify(args.backend, args.op, lambda text: step(text, 0)):
-                results.append(result)
-                step(f"{result.op} {result.dtype}", 1)
+        old = certificate.read(args.against) if args.against else None
+        backend = args.backend or selector.current_backend("cpu").name
+        items = checks.plan(backend, args.op, full=args.full)
+        if old and old["scope"] != scope:
+            raise ConfigurationError(
+                f"{args.against} is a {old['scope']} certificate, and this run is {scope}; "
+                f"run with{'out' if args.full else ''} --full"
+            )
     except (ConfigurationError, UnknownBackend) as error:
         sys.stderr.write(f"bi verify: {error}\n")
         return 2
     except BatchInvariantError as error:
         sys.stderr.write(f"bi verify: {error}\n")
         return 1
-    good = bool(results) and all(result.ok for result in results)
-    seconds = time.perf_counter() - started
+    outcomes = []
+    varies: dict[str, list[str]] = {}
+    with progress(len(items), plain=False) as step:
+        for item in items:
+            step(item.label, 0)
+            if item.check == "kernel" and item.subject is not None:
+                varies[item.subject.label] = stock_varies(item.subject)
+            outcomes.append(checks.run(item))
+            step(item.label, 1)
+    made = certificate.make(backend, scope, (outcome.as_dict() for outcome in outcomes))
+    found = changes(old, made, args.op) if old else []
+    good = made["holds"] and not any(change.numeric for change in found)
+    if args.report:
+        args.report.write_text(certificate.text(made))
     if args.json:
-        report: dict[str, Any] = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "ok": good,
-            "seconds": round(seconds, 2),
-            "results": [result.as_dict() for result in results],
-        }
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        sys.stdout.write(certificate.text(made))
     else:
-        emit(_lines(results, seconds))
+        emit(_lines(made, outcomes, varies, time.perf_counter() - started))
+    if old is not None:
+        emit(_difference(args.against, found), sys.stderr if args.json else None)
     return 0 if good else 1
 
 
-def _lines(results: list[Any], seconds: float) -> list[Line]:
-    import torch
-
-    from batch_invariant import selector
-    from batch_invariant.proof.transforms import POPULATIONS, ROWS
-
-    backend = selector.current_backend("cpu").name
+def _lines(
+    made: dict[str, Any], outcomes: list[Any], varies: dict[str, list[str]], seconds: float
+) -> list[Line]:
+    versions = made["versions"]
+    machine = made["machine"]
     lines: list[Line] = [
-        f"bi verify  {backend}  torch {torch.__version__}  {torch.get_num_threads()} threads",
-        f"rows {' '.join(map(str, POPULATIONS))} of {ROWS}, moved, padded, beside random, huge, "
-        "denormal, inf and nan rows; bit for bit",
+        f"bi verify  {made['backend']}  torch {versions['torch']}  "
+        f"{machine.get('device') or machine['processor']}  {machine['threads']} threads",
         "",
-        f"  {'op':28} {'dtype':9} {'checks':>6}  {'here':6} plain torch on this machine",
+        f"  {'op':28} {'dtype':9} {'guarantee':10} {'checks':>6} {'bits':>7}  {'ulps':>6}  "
+        "plain torch  order",
     ]
-    for result in results:
-        stock = "same" if not result.stock else f"differs under {_transforms(result.stock)}"
-        verdict = "same" if result.ok else "BREAKS"
-        lines.append(
-            (
-                f"  {result.op:28} {result.dtype:9} {result.checks:6}  {verdict:6} {stock}",
-                "" if result.ok else "bold red",
-            )
-        )
-        lines += [
-            f"      {found.transform}, {found.case} {found.data}: {found.detail}"
-            for found in result.breaks
-        ]
-    names = {result.op for result in results}
-    held = {n for n in names if all(r.ok for r in results if r.op == n)}
-    lines += ["", f"{len(held)} of {len(names)} ops hold. {seconds:.1f} s"]
+    for op, dtypes in made["ops"].items():
+        for dtype, found in dtypes.items():
+            if dtype != "cases":
+                lines += _operator(op, dtype, found, varies.get(f"{op} {dtype}", []))
+    for check, texts in made.get("whole", {}).get("broken", {}).items():
+        lines.append(_verdict(f"  {check:28}", True))
+        lines += [f"      {text}" for text in texts]
+    names = list(made["ops"])
+    bad = {outcome.item.subject.op.name for outcome in outcomes if _failed(outcome)}
+    gaps = sum(outcome.item.gap is not None for outcome in outcomes)
+    compared = sum(outcome.looked_at for outcome in outcomes)
+    last = f"{len(names) - len(bad)} of {len(names)} operators hold, {compared} comparisons"
+    lines += ["", f"{last}{f', {gaps} declared gaps' if gaps else ''}. {seconds:.1f} s"]
     return lines
 
 
-def _transforms(found: list[str]) -> str:
-    return ", ".join(sorted({entry.split(" ")[0] for entry in found}))
+def _failed(outcome: Any) -> bool:
+    return outcome.item.subject is not None and not outcome.ok
+
+
+def _operator(op: str, dtype: str, found: dict[str, Any], varies: list[str]) -> list[Line]:
+    broken, gaps = found.get("broken", {}), found.get("gaps", {})
+    bad = broken.keys() != gaps.keys()
+    order = found.get("text") or found.get("order", "")
+    stock = " ".join(transform.split()[0] for transform in varies) or "same"
+    line = (
+        f"  {op:28} {dtype:9} {found.get('guarantee', '-'):10} {sum(found['checks'].values()):6} "
+        f"{'BREAKS' if bad else 'same':>7}  {found.get('ulps', '')!s:>6}  {stock:11}  {order}"
+        f"{', portable' if found.get('portable') else ''}"
+    )
+    lines: list[Line] = [_verdict(line, bad)]
+    for check, reason in gaps.items():
+        state = "as expected" if check in broken else "HOLDS: the gap is closed, remove it"
+        lines.append(f"      {check}: declared gap, {state}: {reason}")
+    for check, texts in broken.items():
+        if check not in gaps:
+            lines += [f"      {check}: {text}" for text in texts]
+    return lines
+
+
+def _verdict(line: str, broken: bool) -> Line:
+    return (line, "bold red") if broken else line
+
+
+def _difference(path: Path, found: list[Any]) -> list[Line]:
+    if not found:
+        return ["", f"Nothing differs from {path}."]
+    lines: list[Line] = ["", f"Against {path}:"]
+    lines += [(f"  {change}", "bold red" if change.numeric else "") for change in found]
+    return lines

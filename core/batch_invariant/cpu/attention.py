@@ -95,7 +95,6 @@ def _native(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, rows, size = q.shape
     kv_heads, keys = k.shape[1:3]
-    # Laid out as [batch, rows, heads, size], so that a model's next reshape copies nothing.
     out = torch.empty(batch, rows, heads, v.size(3), dtype=q.dtype).transpose(1, 2)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32)
     masks: tuple[int, ...] = (_NO_MASK, 0, 0, 0, 0, 0, 0)
@@ -143,7 +142,8 @@ def _float64(
     total = product(weights, weights.new_ones(len(weights), keys, 1))
     out = torch.where(total == 0, 0, product(weights, v.flatten(0, 1)) / total)
     lse = torch.ops.batch_invariant.log.default(total.view(*q.shape[:3])) + top.squeeze(-1)
-    return out.view(*q.shape[:3], v.size(3)), lse
+    out = out.view(*q.shape[:3], v.size(3))
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 KERNELS = {

@@ -571,18 +571,24 @@ _halves = _Function(_paired, _split("glu"))
 _halves_backward = _Function(_paired_backward, _split("glu_backward"))
 
 
-def _kernel(overload: str) -> Kernel:
+def _kernel(overload: str, *more: torch.dtype) -> Kernel:
     def fn(*args: Any, **kwargs: Any) -> Any:
         return _function(overload)(*args, **kwargs)
 
     return Kernel(
         fn=fn,
         guarantee=Guarantee.PARALLEL,
-        dtypes=frozenset((*FLOATS, torch.float64)),
+        dtypes=frozenset((*FLOATS, torch.float64, *more)),
         order=undeclared("nothing is added across elements"),
     )
 
 
+_COMPLEX = (torch.complex64, torch.complex128)
 KERNELS = {
-    name: _kernel(name) for name in "exp log rsqrt sin cos tanh erf sigmoid silu gelu".split()
-} | {"pow": _kernel("pow.Tensor_Scalar")}
+    **{
+        name: _kernel(name, *_COMPLEX) for name in "exp log rsqrt sin cos tanh sigmoid silu".split()
+    },
+    "erf": _kernel("erf"),
+    "gelu": _kernel("gelu"),
+    "pow": _kernel("pow.Tensor_Scalar", *_COMPLEX),
+}

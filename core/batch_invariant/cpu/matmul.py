@@ -20,7 +20,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.matmul import check_addend, check_bmm, check_linear, check_mm
-from batch_invariant.order import Order, serial, undeclared
+from batch_invariant.order import Order, reversed_groups, serial, undeclared
 from batch_invariant.stock import stock
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -178,7 +178,8 @@ def _linear(
 
 _BF16 = {
     "amx": undeclared("TDPBF16PS tiles: 16 pairs of k in a step, ascending"),
-    "vdpbf16ps": undeclared("VDPBF16PS chain: one pair of k in a step, ascending"),
+    # VDPBF16PS adds the products of a pair one after the other, the second first.
+    "vdpbf16ps": reversed_groups(2),
     "serial": serial(),
 }
 
@@ -198,10 +199,10 @@ class _Order(Mapping[torch.dtype, Order]):
         return len(FLOATS) + 1
 
 
-def _kernel(fn: Any) -> Kernel:
+def _kernel(fn: Any, guarantee: Guarantee) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=guarantee,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=_Order(),
         portable=frozenset((torch.float32, torch.float16, torch.float64)),
@@ -209,9 +210,9 @@ def _kernel(fn: Any) -> Kernel:
 
 
 KERNELS = {
-    "mm": _kernel(_mm),
-    "addmm": _kernel(_addmm),
-    "bmm": _kernel(_bmm),
-    "baddbmm": _kernel(_baddbmm),
-    "linear": _kernel(_linear),
+    "mm": _kernel(_mm, Guarantee.SCHEDULE),
+    "addmm": _kernel(_addmm, Guarantee.SCHEDULE),
+    "bmm": _kernel(_bmm, Guarantee.BATCH),
+    "baddbmm": _kernel(_baddbmm, Guarantee.BATCH),
+    "linear": _kernel(_linear, Guarantee.SCHEDULE),
 }

@@ -147,6 +147,8 @@ def _power_norm(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def _logsumexp(self: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
+    if self.is_complex():
+        raise OpNotSupported("logsumexp on CPU takes real numbers; split real and imaginary parts")
     x = self if self.dtype.is_floating_point else self.to(torch.get_default_dtype())
     dims = normalize(dim, x.dim())
     matrix = rows_of(cast(x, None), dims)
@@ -166,7 +168,7 @@ _PORTABLE = frozenset(FLOATS)
 def _kernel(fn: Callable[..., Any]) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=ROW_ORDER,
         portable=_PORTABLE,

@@ -195,7 +195,7 @@ def layer_norm(
     """layer_norm of the rows of a contiguous matrix, with mean and reciprocal deviation [rows]."""
     rows, n = x.shape
     out = torch.empty_like(x)
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32)
+    mean, rstd = torch.empty(rows), torch.empty(rows)
     code = _code(x.dtype)
     parameter = weight if weight is not None else bias
     parameter_code = code if parameter is None else _code(parameter.dtype)

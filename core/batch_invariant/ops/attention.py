@@ -10,6 +10,7 @@ together.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ import torch
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.matmul import matmul
+from batch_invariant.ops.probe import Probe, Site
 from batch_invariant.ops.reduce import sum, sum_bound
+from batch_invariant.ops.variant import Args, Axes, Variant
 
 
 def scaled_dot_product_attention(
@@ -156,7 +159,11 @@ def _fake(
         query.shape[:-2], *(() if enable_gqa else (key.shape[:-2], value.shape[:-2]))
     )
     shape = (*batch, query.size(-2))
-    return query.new_empty(*shape, value.size(-1)), query.new_empty(shape, dtype=wide)
+    if not batch:
+        return query.new_empty(*shape, value.size(-1)), query.new_empty(shape, dtype=wide)
+    # In memory [..., L, H, Ev], so that a model's next reshape copies nothing.
+    out = query.new_empty(*batch[:-1], shape[-1], batch[-1], value.size(-1)).transpose(-2, -3)
+    return out, query.new_empty(shape, dtype=wide)
 
 
 def _save(
@@ -258,7 +265,7 @@ def _case(heads: int, kv_heads: int, length: int, keys: int, size: int, mask: st
     def args(draw: Draw, rows: int) -> dict[str, Any]:
         attn_mask = None
         if mask in ("bool", "additive"):
-            keep = torch.rand(rows, 1, length, keys, generator=draw.generator) > 0.3
+            keep = draw.normal(rows, 1, length, keys) > -0.5
             keep[..., 0] = True
             attn_mask = keep
             if mask == "additive":
@@ -274,6 +281,68 @@ def _case(heads: int, kv_heads: int, length: int, keys: int, size: int, mask: st
         }
 
     return Case(f"{heads}/{kv_heads} heads x {size}, {length} of {keys} {mask}".rstrip(), args)
+
+
+def _cuts(args: Args, axes: Axes) -> Iterator[Variant]:
+    """Fewer queries with the same keys, more keys that are masked, and a beginning of both."""
+    query, key, value = args["query"], args["key"], args["value"]
+    length, keys = query.size(-2), key.size(-2)
+    mask = args["attn_mask"]
+    if args["is_causal"]:
+        mask = torch.ones(length, keys, dtype=torch.bool).tril()
+    open_ = {**args, "is_causal": False}
+    for begin, end in ((0, length // 2), (length // 2, length), (length - 1, length)):
+        piece = {**open_, "query": query[..., begin:end, :]}
+        if mask is not None:
+            piece["attn_mask"] = mask[..., begin:end, :]
+        rows, at = range(begin, end), range(end - begin)
+        if rows:
+            label = f"queries {begin} to {end} of {length}"
+            yield Variant("T5 schedule", label, piece, rows, at, axes=(-2, -1))
+    if mask is None or mask.dtype == torch.bool:
+        seen = torch.ones(length, keys, dtype=torch.bool) if mask is None else mask
+        longer = {
+            **open_,
+            "key": torch.cat([key, key.flip(-2)], -2),
+            "value": torch.cat([value, value.flip(-2)], -2),
+            "attn_mask": torch.cat([seen, torch.zeros_like(seen)], -1),
+        }
+        everything = range(length)
+        label = f"{keys} masked keys behind the {keys}"
+        yield Variant("T6 packing", label, longer, everything, everything, axes=(-2, -1))
+    if args["is_causal"]:
+        first = range(min(length, keys) // 2 + 1)
+        shorter = {
+            **args,
+            **{name: args[name][..., : len(first), :] for name in ("query", "key", "value")},
+        }
+        label = f"the first {len(first)} of {length} tokens"
+        yield Variant("T7 prefix", label, shorter, first, first, axes=(-2, -1))
+
+
+_WIDTH = 64
+
+
+def _probed(values: torch.Tensor, site: Site) -> dict[str, Any]:
+    """A query of zeros weighs all keys alike, so a column of `value` is what is added."""
+    row, n = site.at.start, values.size(1)
+    query = site.noise(site.rows, 1, 1, _WIDTH)
+    key = site.noise(site.rows, 1, n, _WIDTH)
+    value = site.noise(1, site.rows, n, _WIDTH).movedim(0, 1)  # another shape: another noise
+    query[row] = 0
+    value[row, 0] = values.mT
+    return {
+        "query": query,
+        "key": key,
+        "value": value.contiguous(),
+        "attn_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+    }
+
+
+def _stock(*args: Any, **keywords: Any) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(*args, **keywords)
 
 
 OPS = (
@@ -295,7 +364,23 @@ OPS = (
         batch_axes={"query": 0, "key": 0, "value": 0, "attn_mask": 0},
         out_axes=(0, 0),
         level=Guarantee.BATCH,
+        schedule=_cuts,
+        any_size=lambda length=9, keys=300, size=64: _case(2, 1, length, keys, size, "causal"),
         error_bound=_bound,
+        probe=Probe(
+            args=_probed,
+            read=lambda outputs, values, site: outputs[0][site.at.start, 0, 0],
+            slots=_WIDTH,
+            terms=512,
+            most_rows=64,
+            divided=True,
+            stock=_stock,
+            sum_of="the weighted values",
+            limits=(
+                "the weights are equal: what a growing maximum does to the sum is not seen",
+                "the sums over the head size and in the denominator are not probed",
+            ),
+        ),
         aten={"_scaled_dot_product_flash_attention_for_cpu": _flash_for_cpu},
         composite={"scaled_dot_product_attention": _first},
         setup_context=_save,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,3 +42,13 @@ def mismatch(a: torch.Tensor, b: torch.Tensor) -> Mismatch | None:
     first = tuple(int(i) for i in unequal.nonzero()[0])
     distance = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf)
     return Mismatch(count, a.numel(), first, float(distance[unequal].max()))
+
+
+def difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> str | None:
+    """None if two results are the same bit for bit, else where they first differ."""
+    for which, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"output {which} is {x.dtype}{list(x.shape)} and {y.dtype}{list(y.shape)}"
+        if (found := mismatch(x, y)) is not None:
+            return f"output {which} differs in {found}"
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from batch_invariant.guarantee import Guarantee
+from batch_invariant.ops.probe import Probe
+from batch_invariant.ops.variant import Variant
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +36,7 @@ class Draw:
     generator: torch.Generator
 
     def rows(self, *shape: int) -> torch.Tensor:
-        x = torch.randn(shape, generator=self.generator)
+        x = self.normal(*shape)
         if self.data is Data.CANCELLING and shape[-1] >= 4:
             # One huge +- pair a row at random places: what is added between the two is rounded
             # to the unit of the huge value, so the order of the additions shows in every result.
@@ -51,11 +53,21 @@ class Draw:
     def shared(self, *shape: int) -> torch.Tensor:
         if self.data is Data.CANCELLING:
             # Signed powers of two keep the pairs cancelling exactly.
-            exponent = torch.randint(
-                -1, 2, (shape[0], *(1,) * (len(shape) - 1)), generator=self.generator
+            each = torch.randint(
+                0, 3, (shape[0], *(1,) * (len(shape) - 1)), generator=self.generator
             )
-            return torch.exp2(exponent.float()).expand(shape).to(self.dtype).contiguous()
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
+            return torch.tensor((0.5, 1.0, 2.0))[each].expand(shape).to(self.dtype).contiguous()
+        return self.normal(*shape).to(self.dtype)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """fp32 values of mean 0 and deviation 1, the same bits on every machine.
+
+        The sum of three uniform 20-bit integers, which is close to a normal distribution and
+        exact; `torch.randn` takes logarithms and cosines of the vendor's library.
+        """
+        whole = torch.randint(0, 2**60, shape, generator=self.generator)
+        fields = (whole & 0xFFFFF) + (whole >> 20 & 0xFFFFF) + (whole >> 40)
+        return (fields - 3 * 2**19).float() / 2**19
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,12 @@ class Op:
         of accuracy.
     batch_axes: for every argument that has rows, the axis along which they lie.
     out_axes: the same for each output.
+    schedule: from the arguments and the batch axes, other ways to compute the same rows when their
+        sequence is cut: what a kernel of level `schedule` must keep. None: no sequence.
+    any_size: a case of any size; its parameters are sizes, with the largest to be tried as
+        defaults. Counterexamples are searched, and made small, with it.
+    probe: how the order of its additions is measured; None: nothing is added across elements, or
+        the sum cannot be seen from outside.
     error_bound: from float64 arguments and the input dtype, the largest allowed absolute error
         of the first output, elementwise: the accuracy half of the contract.
     aten: the aten overloads that the mode sends to this operator. The value adapts the overload's
@@ -101,6 +119,9 @@ class Op:
     cases: tuple[Case, ...]
     batch_axes: Mapping[str, int]
     out_axes: tuple[int, ...] = (0,)
+    schedule: Callable[[Mapping[str, Any], Mapping[str, int]], Iterator[Variant]] | None = None
+    any_size: Callable[..., Case] | None = None
+    probe: Probe | None = None
     error_bound: Callable[..., torch.Tensor] | None = None
     level: Guarantee = Guarantee.BATCH
     dtypes: tuple[torch.dtype, ...] = FLOATS

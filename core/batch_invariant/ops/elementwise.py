@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.contract import FLOATS, Case, Draw, Op
+from batch_invariant.ops.variant import tokens
 
 
 def exp(self: torch.Tensor) -> torch.Tensor:
@@ -138,15 +139,17 @@ def _bound(exact: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return 8 * wide * magnitude + torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
 
 
+def _sized(positive: bool, shape: tuple[int, ...], **arguments: Any) -> Case:
+    def args(draw: Draw, rows: int) -> dict[str, Any]:
+        x = 3 * draw.normal(rows, *shape)
+        return {"self": (x.abs() + 0.01 if positive else x).to(draw.dtype), **arguments}
+
+    return Case("x".join(map(str, shape)), args)
+
+
 def _shaped(positive: bool, **arguments: Any) -> tuple[Case, ...]:
-    def case(*shape: int) -> Case:
-        def args(draw: Draw, rows: int) -> dict[str, Any]:
-            x = 3 * torch.randn(rows, *shape, generator=draw.generator)
-            return {"self": (x.abs() + 0.01 if positive else x).to(draw.dtype), **arguments}
-
-        return Case("x".join(map(str, shape)), args)
-
-    return case(1), case(65), case(1536), case(3, 1003)
+    shapes = ((1,), (65,), (1536,), (3, 1003))
+    return tuple(_sized(positive, shape, **arguments) for shape in shapes)
 
 
 def _op(
@@ -163,6 +166,8 @@ def _op(
         reference=function,
         cases=_shaped(positive),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _sized(positive, (n,)),
         error_bound=lambda self, dtype: _bound(function(self), self, dtype) + floor,
         setup_context=_save,
         backward=_back(derivative),
@@ -188,6 +193,8 @@ OPS = (
         reference=torch.nn.functional.gelu,
         cases=(*_shaped(False, approximate="none"), *_shaped(False, approximate="tanh")),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _sized(False, (n,), approximate="none"),
         error_bound=lambda self, approximate, dtype: (
             _bound(torch.nn.functional.gelu(self, approximate=approximate), self, dtype) * 2
         ),
@@ -201,6 +208,8 @@ OPS = (
         reference=torch.pow,
         cases=(*_shaped(True, exponent=1.7), *_shaped(False, exponent=3)),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _sized(True, (n,), exponent=1.7),
         error_bound=lambda self, exponent, dtype: (
             _bound(torch.pow(self, exponent), self, dtype) * 16
         ),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.variant import tokens
 
 
 def embedding(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -47,6 +48,7 @@ OPS = (
         reference=lambda weight, indices: weight[indices],
         cases=(Case("1000x64", _args),),
         batch_axes={"indices": 0},
+        schedule=tokens,
         setup_context=_save,
         backward=_back,
     ),

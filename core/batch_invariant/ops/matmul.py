@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.probe import column_probe
+from batch_invariant.ops.variant import rows_only, tokens
 
 
 def mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
@@ -383,6 +385,10 @@ def _case_linear(k: int, n: int, bias: bool) -> Case:
     return Case(f"{k}x{n}" + (" bias" if bias else ""), args)
 
 
+def _no_addend(values: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=values.dtype)
+
+
 OPS = (
     Op(
         name="mm",
@@ -391,7 +397,10 @@ OPS = (
         reference=torch.mm,
         cases=(_case(1024, 512), _case(4096, 129), _case(1031, 67), _case_rows(2048, 256)),
         batch_axes={"self": 0},
+        schedule=rows_only,
+        any_size=lambda k=1100, n=70: _case(k, n),
         error_bound=lambda self, mat2, dtype: product_bound(self, mat2, None, dtype),
+        probe=column_probe("self", "mat2", transposed=False, batched=False),
         aten={"mm": None, "mv": _mv, "dot": _dot, "vdot": _dot},
         setup_context=_save_mm,
         backward=_back_mm,
@@ -405,7 +414,12 @@ OPS = (
         reference=torch.addmm,
         cases=(_case_addmm(1024, 512), _case_addmm(1031, 67)),
         batch_axes={"mat1": 0},
+        schedule=rows_only,
+        any_size=lambda k=1100, n=70: _case_addmm(k, n),
         error_bound=lambda self, mat1, mat2, dtype: product_bound(mat1, mat2, self, dtype),
+        probe=column_probe(
+            "mat1", "mat2", transposed=False, batched=False, arguments={"self": _no_addend}
+        ),
         aten={"addmm": None, "addmv": _addmv},
         setup_context=_save_addmm,
         backward=_back_addmm,
@@ -417,7 +431,9 @@ OPS = (
         reference=torch.bmm,
         cases=(_case_bmm(3, 1024, 64), _case_bmm(17, 100, 33), _case_bmm(1, 64, 1500)),
         batch_axes={"self": 0, "mat2": 0},
+        any_size=lambda m=5, k=1100, n=40: _case_bmm(m, k, n),
         error_bound=lambda self, mat2, dtype: product_bound(self, mat2, None, dtype),
+        probe=column_probe("self", "mat2", transposed=False, batched=True),
         aten={"bmm": None},
         setup_context=_save_mm,
         backward=_back_bmm,
@@ -432,7 +448,11 @@ OPS = (
         reference=torch.baddbmm,
         cases=(_case_baddbmm(3, 1024, 64),),
         batch_axes={"self": 0, "batch1": 0, "batch2": 0},
+        any_size=lambda m=5, k=1100, n=40: _case_baddbmm(m, k, n),
         error_bound=lambda self, batch1, batch2, dtype: product_bound(batch1, batch2, self, dtype),
+        probe=column_probe(
+            "batch1", "batch2", transposed=False, batched=True, arguments={"self": _no_addend}
+        ),
         aten={"baddbmm": None},
         setup_context=_save_addmm,
         backward=_back_addmm,
@@ -448,7 +468,16 @@ OPS = (
             _case_linear(1031, 67, True),
         ),
         batch_axes={"input": 0},
+        schedule=tokens,
+        any_size=lambda k=1100, n=70: _case_linear(k, n, True),
         error_bound=lambda input, weight, bias, dtype: product_bound(input, weight.mT, bias, dtype),
+        probe=column_probe(
+            "input",
+            "weight",
+            transposed=True,
+            batched=False,
+            arguments={"bias": lambda values: None},
+        ),
         composite={"linear": _linear},
         setup_context=_save_mm,
         backward=_back_linear,

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.probe import SQUARES, Probe, Site, at_base, in_rows, of_rows
 from batch_invariant.ops.reduce import mean, sum, sum_bound
+from batch_invariant.ops.variant import tokens
 
 
 def rms_norm(
@@ -516,6 +518,26 @@ def _case_group(channels: int, inner: int, group: int) -> Case:
     return Case(f"{channels}x{inner} in {group}", args)
 
 
+def _probed_rms(values: torch.Tensor, site: Site) -> dict[str, Any]:
+    return {
+        "input": in_rows(values, site),
+        "weight": None,
+        "eps": 0.0,
+        "residual": None,
+        "variance_size": None,
+    }
+
+
+def _probed_mean(values: torch.Tensor, site: Site) -> dict[str, Any]:
+    return {
+        "input": in_rows(values, site),
+        "normalized_shape": [values.size(1)],
+        "weight": None,
+        "bias": None,
+        "eps": 1e-5,
+    }
+
+
 OPS = (
     Op(
         name="rms_norm",
@@ -532,7 +554,15 @@ OPS = (
             _case_rms(1024, False, True, 640),
         ),
         batch_axes={"input": 0, "residual": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case_rms(n, True, True),
         error_bound=_bound_rms_norm,
+        probe=Probe(
+            args=_probed_rms,
+            read=lambda outputs, values, site: at_base(outputs[0], values, site),
+            sum_of="the squares of a row",
+            **SQUARES,
+        ),
         composite={"rms_norm": _rms_norm_aten},
         setup_context=_save_rms_norm,
         backward=_back_rms_norm,
@@ -552,7 +582,18 @@ OPS = (
         ),
         batch_axes={"input": 0},
         out_axes=(0, 0, 0),
+        schedule=tokens,
+        any_size=lambda n=2100: _case_layer((n,), True),
         error_bound=_bound_layer_norm,
+        probe=Probe(
+            args=_probed_mean,
+            read=lambda outputs, values, site: of_rows(outputs[1], site)[:, 0],
+            divided=True,
+            result=stats_dtype,
+            stock=torch.native_layer_norm,
+            sum_of="the elements of a row, for the mean",
+            limits=("the squares stand behind the mean, which every term moves: not seen",),
+        ),
         aten={
             "native_layer_norm": None,
             "native_layer_norm_backward": _native_layer_norm_backward,
@@ -571,6 +612,7 @@ OPS = (
         cases=(_case_group(32, 49, 4), _case_group(6, 1025, 3)),
         batch_axes={"input": 0},
         out_axes=(0, 0, 0),
+        any_size=lambda group=3, size=4, inner=200: _case_group(group * size, inner, group),
         error_bound=_bound_group_norm,
         aten={
             "native_group_norm": _native_group_norm,

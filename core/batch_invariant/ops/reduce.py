@@ -13,6 +13,8 @@ import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.dims import Dims, normalize, reduced_shape
+from batch_invariant.ops.probe import EXPONENTIALS, SQUARES, column_sums, row_probe
+from batch_invariant.ops.variant import tokens
 
 
 def sum(
@@ -381,7 +383,7 @@ def _case_two(a: int, b: int, **arguments: Any) -> Case:
 def _case_factors(n: int) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
         # Factors near one, so that a long product neither vanishes nor overflows.
-        x = torch.randn(rows, n, generator=draw.generator)
+        x = draw.normal(rows, n)
         return {"self": (1 + x / 64).to(draw.dtype), "dim": -1, "keepdim": False}
 
     return Case(f"{n}", args)
@@ -398,6 +400,7 @@ def _shapes(**arguments: Any) -> tuple[Case, ...]:
     )
 
 
+_WIDE = {"dtype": torch.float32}
 _FULL = "Tensor self, int[1]? dim, bool keepdim"
 
 OPS = (
@@ -408,7 +411,10 @@ OPS = (
         reference=torch.sum,
         cases=_shapes(),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n),
         error_bound=_bound_sum,
+        probe=row_probe(wide=_WIDE, layouts=column_sums(wide=_WIDE)),
         aten={"sum": _sum_all, "sum.dim_IntList": None},
         setup_context=_save_reduction(save_output=False),
         backward=_back_sum,
@@ -420,7 +426,10 @@ OPS = (
         reference=torch.mean,
         cases=_shapes(),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n),
         error_bound=_bound_mean,
+        probe=row_probe(divided=True, wide=_WIDE),
         aten={"mean": _sum_all, "mean.dim": None},
         setup_context=_save_reduction(save_output=False),
         backward=_back_mean,
@@ -432,6 +441,8 @@ OPS = (
         reference=torch.prod,
         cases=(_case_factors(1024), _case_factors(4099)),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case_factors(n),
         error_bound=lambda self, dim, keepdim, dtype: sum_bound(
             self.prod(dim).abs(), self.prod(dim), self.size(-1), dtype
         ),
@@ -448,6 +459,8 @@ OPS = (
         reference=torch.var,
         cases=_shapes(),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n + 1),
         error_bound=_bound_var,
         aten={"var.correction": None, "var_mean.correction": _with_mean},
         setup_context=_save_reduction(save_output=True),
@@ -462,6 +475,8 @@ OPS = (
         reference=torch.std,
         cases=_shapes(),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n + 1),
         error_bound=_bound_std,
         aten={"std.correction": None, "std_mean.correction": _with_mean},
         setup_context=_save_reduction(save_output=True),
@@ -477,7 +492,14 @@ OPS = (
         reference=torch.linalg.vector_norm,
         cases=_shapes(ord=2),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n, ord=2),
         error_bound=_bound_norm,
+        probe=row_probe(
+            arguments={"ord": 2, "dim": -1, "keepdim": False},
+            sum_of="the squares of a row",
+            **SQUARES,
+        ),
         aten={
             "linalg_vector_norm": None,
             "norm.Scalar": _norm_dims,
@@ -495,7 +517,10 @@ OPS = (
         reference=torch.logsumexp,
         cases=_shapes(),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n),
         error_bound=_bound_logsumexp,
+        probe=row_probe(sum_of="exp of a row", **EXPONENTIALS),
         aten={"logsumexp": None},
         setup_context=_save_logsumexp,
         backward=_back_logsumexp,

@@ -6,12 +6,15 @@ its own. Integers are exact in any order and use torch's kernel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.probe import of_rows, row_probe
 from batch_invariant.ops.reduce import result_dtype, sum_bound
+from batch_invariant.ops.variant import Args, Axes, Variant
 
 
 def cumsum(self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -49,6 +52,16 @@ def _case_columns(n: int) -> Case:
     return Case(f"{n} over dim 0", args, batch_axes={"self": 1}, out_axes=(1,))
 
 
+def _prefixes(args: Args, axes: Axes) -> Iterator[Variant]:
+    """A running sum of the first elements alone."""
+    dim, x = args["dim"], args["self"]
+    for part in (x.size(dim) // 3, x.size(dim) - 1):
+        beginning = range(part)
+        shorter = {**args, "self": x.narrow(dim, 0, part)}
+        label = f"the first {part} of {x.size(dim)} elements"
+        yield Variant("T7 prefix", label, shorter, beginning, beginning, axes=(dim,))
+
+
 OPS = (
     Op(
         name="cumsum",
@@ -57,8 +70,16 @@ OPS = (
         reference=torch.cumsum,
         cases=(_case(1024), _case(4099), _case_columns(1030)),
         batch_axes={"self": 0},
+        schedule=_prefixes,
+        any_size=lambda n=2100: _case(n),
         error_bound=lambda self, dim, dtype: sum_bound(
             self.abs().cumsum(dim), self.cumsum(dim), self.size(dim), dtype
+        ),
+        probe=row_probe(
+            arguments={"dim": -1},
+            wide={"dtype": torch.float32},
+            read=lambda outputs, values, site: of_rows(outputs[0], site)[:, -1],
+            prefix=lambda outputs, k, site: of_rows(outputs[0], site)[:, k - 1],
         ),
         aten={"cumsum": None},
         setup_context=_save,

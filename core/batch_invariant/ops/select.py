@@ -12,6 +12,7 @@ import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.dims import normalize, reduced_shape
+from batch_invariant.ops.variant import tokens
 
 
 def argmax(self: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
@@ -98,6 +99,8 @@ OPS = (
             Case("4099 ties", lambda draw, rows: _arguments(_ties(draw, rows, 4099))),
         ),
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: Case(f"{n}", lambda draw, rows: _arguments(_ties(draw, rows, n))),
         aten={"argmax": None},
     ),
     Op(
@@ -113,6 +116,11 @@ OPS = (
         ),
         batch_axes={"self": 0},
         out_axes=(0, 0),
+        schedule=tokens,
+        any_size=lambda k=20, more=2000: Case(
+            f"{k} of {k + more}",
+            lambda draw, rows: _topk_arguments(_ties(draw, rows, k + more), k),
+        ),
         aten={"topk": None},
         setup_context=_save_topk,
         backward=_back_topk,

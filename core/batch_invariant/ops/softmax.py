@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.probe import EXPONENTIALS, at_base, row_probe
 from batch_invariant.ops.reduce import sum_bound
+from batch_invariant.ops.variant import tokens
 
 
 def softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -101,11 +103,11 @@ def _case_middle(a: int, b: int) -> Case:
 
 def _case_backward(n: int, log: bool) -> Case:
     def args(draw: Draw, rows: int) -> dict[str, Any]:
-        x = draw.rows(rows, n).double()
-        output = x.log_softmax(-1) if log else x.softmax(-1)
+        # Of the size of a softmax, and the same bits on every machine, which exp would not give.
+        size = draw.normal(rows, n).abs()
         return {
             "grad_output": draw.rows(rows, n),
-            "output": output.to(draw.dtype),
+            "output": (-4 * size if log else size / n).to(draw.dtype),
             "dim": -1,
             "input_dtype": draw.dtype,
         }
@@ -113,6 +115,12 @@ def _case_backward(n: int, log: bool) -> Case:
     return Case(f"{n}", args)
 
 
+_PROBE = row_probe(
+    arguments={"dim": -1, "dtype": None},
+    read=lambda outputs, values, site: at_base(outputs[0], values, site),
+    sum_of="the denominator",
+    **EXPONENTIALS,
+)
 _CASES = (_case(1024), _case(4099), _case(20011), _case(1030, torch.float32), _case_middle(1025, 3))
 _BACKWARD = "(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor"
 
@@ -124,7 +132,10 @@ OPS = (
         reference=torch.softmax,
         cases=_CASES,
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n),
         error_bound=_bound_softmax,
+        probe=_PROBE,
         aten={"_softmax": _half_to_float, "_safe_softmax": _safe_softmax},
         setup_context=_save,
         backward=_back("softmax_backward"),
@@ -136,7 +147,10 @@ OPS = (
         reference=torch.log_softmax,
         cases=_CASES,
         batch_axes={"self": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case(n),
         error_bound=_bound_log_softmax,
+        probe=_PROBE,
         aten={"_log_softmax": _half_to_float},
         setup_context=_save,
         backward=_back("log_softmax_backward"),
@@ -148,6 +162,8 @@ OPS = (
         reference=_softmax_derivative,
         cases=(_case_backward(1024, False), _case_backward(4099, False)),
         batch_axes={"grad_output": 0, "output": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case_backward(n, False),
         aten={"_softmax_backward_data": None},
     ),
     Op(
@@ -157,6 +173,8 @@ OPS = (
         reference=_log_softmax_derivative,
         cases=(_case_backward(1024, True), _case_backward(4099, True)),
         batch_axes={"grad_output": 0, "output": 0},
+        schedule=tokens,
+        any_size=lambda n=2100: _case_backward(n, True),
         aten={"_log_softmax_backward_data": None},
     ),
 )

@@ -1,113 +1,128 @@
-"""The transforms of a batch under which a row's bits must stay: T1 to T4, for any contract.
+"""The transforms under which a row's bits must stay: T1 to T4 for any contract, T5 to T7 its own.
 
-T1 population: the row with fewer others. T2 position: the row elsewhere in the batch, and
-elsewhere in memory. T3 neighbour content: the other rows replaced. T4 padding: rows appended.
+T1 population: the row with fewer or more others. T2 position: the row elsewhere in the batch, and
+elsewhere in memory. T3 neighbours: the other rows replaced. T4 padding: rows appended. T5 schedule,
+T6 packing and T7 prefix follow from how a sequence is cut, which the contract says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 
+from batch_invariant.guarantee import Guarantee
+from batch_invariant.ops.contract import Op
+from batch_invariant.ops.variant import Args, Axes, Variant, same_layout, take
+
 ROWS = 64
-POPULATIONS = (1, 2, 3, 7, 16, 33)
+FEWER = (1, 2, 3, 7, 16, 33)
+MORE = (257, 1040)
+"""Populations: schedules change with the number of rows, so the rows also meet many others."""
+
 _KEPT = (0, 1, 7, 31, 63)
+_MANY = 4_000_000
+
+LEVELS = {
+    "T1 population": Guarantee.BATCH,
+    "T2 position": Guarantee.BATCH,
+    "T3 neighbours": Guarantee.BATCH,
+    "T4 padding": Guarantee.BATCH,
+    "T5 schedule": Guarantee.SCHEDULE,
+    "T6 packing": Guarantee.SCHEDULE,
+    "T7 prefix": Guarantee.SCHEDULE,
+}
+"""Every transform, and the lowest guarantee that promises it."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Another batch that holds some of the same rows.
-
-    rows: their indices in the original batch, and in the same order `at` in this one.
-    """
-
-    transform: str
-    label: str
-    args: dict[str, Any]
-    rows: list[int]
-    at: list[int]
+def variants(op: Op, axes: Axes, args: Args, transform: str) -> Iterator[Variant]:
+    """The variants of one transform for a batch of `ROWS` rows, the same in every process."""
+    if LEVELS[transform] is Guarantee.BATCH:
+        yield from _OF_A_BATCH[transform](args, axes)
+    elif op.schedule is not None:
+        for variant in op.schedule(args, axes):
+            if variant.transform == transform:
+                yield variant
 
 
-Args = Mapping[str, Any]
-Axes = Mapping[str, int]
-
-
-def variants(args: Args, axes: Axes, seed: int = 0) -> Iterator[Variant]:
-    """Every variant of a batch of `ROWS` rows."""
-    everything = list(range(ROWS))
-    for count in POPULATIONS:
+def _population(args: Args, axes: Axes) -> Iterator[Variant]:
+    for count in FEWER:
         start = (ROWS - count) // 2
-        chosen = everything[start : start + count]
+        chosen = range(start, start + count)
         yield Variant(
             "T1 population",
             f"{count} of {ROWS} rows",
-            _take(args, axes, chosen),
+            take(args, axes, chosen),
             chosen,
-            list(range(count)),
+            range(count),
         )
-    for label, order in (("reversed", everything[::-1]), ("rolled by 13", _rolled(13))):
-        yield Variant("T2 position", label, _take(args, axes, order), order, everything)
-    yield Variant(
-        "T2 position", "at another address", _misaligned(args, axes), everything, everything
-    )
-    generator = torch.Generator().manual_seed(seed)
-    others = [row for row in everything if row not in _KEPT]
-    for label, fill in _NEIGHBOURS.items():
+    size = max(value.numel() for name, value in args.items() if name in axes and _tensor(value))
+    for count in MORE:
+        if size // ROWS * count <= _MANY:
+            order = [row % ROWS for row in range(count)]
+            last = range(count - ROWS, count)
+            yield Variant(
+                "T1 population",
+                f"{ROWS} of {count} rows",
+                take(args, axes, order),
+                [order[row] for row in last],
+                last,
+            )
+
+
+def _position(args: Args, axes: Axes) -> Iterator[Variant]:
+    everything = range(ROWS)
+    rolled = [(row + 13) % ROWS for row in everything]
+    for label, order in (("reversed", everything[::-1]), ("rolled by 13", rolled)):
+        yield Variant("T2 position", label, take(args, axes, order), order, everything)
+    moved = {name: _shifted(v) if name in axes and _tensor(v) else v for name, v in args.items()}
+    yield Variant("T2 position", "at another address", moved, everything, everything)
+
+
+def _neighbours(args: Args, axes: Axes) -> Iterator[Variant]:
+    generator = torch.Generator().manual_seed(0)
+    others = [row for row in range(ROWS) if row not in _KEPT]
+    for label, fill in _FILLS.items():
         changed = {
             name: _replaced(value, axes[name], others, fill, generator)
-            if name in axes and isinstance(value, torch.Tensor)
+            if name in axes and _tensor(value)
             else value
             for name, value in args.items()
         }
-        yield Variant("T3 neighbours", label, changed, list(_KEPT), list(_KEPT))
+        yield Variant("T3 neighbours", label, changed, _KEPT, _KEPT)
+
+
+def _padding(args: Args, axes: Axes) -> Iterator[Variant]:
+    everything = range(ROWS)
+    generator = torch.Generator()
     for extra in (1, 19):
-        padded = _take(args, axes, everything + [ROWS - 1] * extra)
-        blank = {
-            name: _replaced(value, axes[name], list(range(ROWS, ROWS + extra)), _zeros, generator)
-            if name in axes and isinstance(value, torch.Tensor)
+        blank = list(range(ROWS, ROWS + extra))
+        padded = {
+            name: _replaced(value, axes[name], blank, _zeros, generator)
+            if name in axes and _tensor(value)
             else value
-            for name, value in padded.items()
+            for name, value in take(args, axes, [*everything, *[ROWS - 1] * extra]).items()
         }
-        yield Variant("T4 padding", f"{extra} more rows", blank, everything, everything)
+        yield Variant("T4 padding", f"{extra} more rows", padded, everything, everything)
 
 
-def _rolled(by: int) -> list[int]:
-    return [(row + by) % ROWS for row in range(ROWS)]
+_OF_A_BATCH = {
+    "T1 population": _population,
+    "T2 position": _position,
+    "T3 neighbours": _neighbours,
+    "T4 padding": _padding,
+}
 
 
-def _take(args: Args, axes: Axes, rows: list[int]) -> dict[str, Any]:
-    index = torch.tensor(rows)
-    return {
-        name: _like_layout(value, value.index_select(axes[name], index))
-        if name in axes and isinstance(value, torch.Tensor)
-        else value
-        for name, value in args.items()
-    }
+def _tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
-def _like_layout(original: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """The selection in the memory order of the original, so that strided cases stay strided."""
-    strides = original.stride()
-    order = sorted(range(original.dim()), key=lambda d: -strides[d])
-    inverse = [order.index(d) for d in range(original.dim())]
-    return taken.permute(order).contiguous().permute(inverse)
-
-
-def _misaligned(args: Args, axes: Axes) -> dict[str, Any]:
-    """The same rows, stored one element further on than allocators place them."""
-
-    def shifted(value: torch.Tensor) -> torch.Tensor:
-        room = torch.empty(value.numel() + 1, dtype=value.dtype)
-        dense = _like_layout(value, value)
-        return room[1:].as_strided(dense.shape, dense.stride(), 1).copy_(value)
-
-    return {
-        name: shifted(value) if name in axes and isinstance(value, torch.Tensor) else value
-        for name, value in args.items()
-    }
+def _shifted(value: torch.Tensor) -> torch.Tensor:
+    """The same values, stored one element further on than allocators place them."""
+    room = torch.empty(value.numel() + 1, dtype=value.dtype)
+    dense = same_layout(value, value)
+    return room[1:].as_strided(dense.shape, dense.stride(), 1).copy_(value)
 
 
 _Fill = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -116,7 +131,7 @@ _Fill = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 def _replaced(
     value: torch.Tensor, axis: int, rows: list[int], fill: _Fill, generator: torch.Generator
 ) -> torch.Tensor:
-    out = _like_layout(value, value).clone()
+    out = same_layout(value, value).clone()
     index = torch.tensor(rows)
     if value.dtype.is_floating_point:
         out.index_copy_(axis, index, fill(out.index_select(axis, index), generator))
@@ -151,7 +166,7 @@ def _nan(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.full_like(x, torch.nan)
 
 
-_NEIGHBOURS: dict[str, _Fill] = {
+_FILLS: dict[str, _Fill] = {
     "random": _random,
     "huge": _huge,
     "denormal": _denormal,

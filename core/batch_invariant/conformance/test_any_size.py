@@ -1,0 +1,91 @@
+"""Rows keep their bits at any size: a search for counterexamples, shrunk to the smallest one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from batch_invariant import selector
+from batch_invariant.conformance.test_operators import as_parameter
+from batch_invariant.ops.contract import Data, Draw
+from batch_invariant.ops.variant import Variant, take
+from batch_invariant.proof import checks
+from batch_invariant.proof.invariance import compare
+from batch_invariant.proof.log import shapes
+from batch_invariant.proof.subject import Subject
+from batch_invariant_pytest import PLAN, PROPERTY
+
+EXAMPLES = 15
+_ROWS = 24
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    items = metafunc.config.stash.get(PLAN, [])
+    metafunc.parametrize(
+        "item", [as_parameter(item) for item in items if item.check == checks.ANY_SIZE]
+    )
+
+
+def test_any_size(item: checks.Item, record_property: Callable[[str, object], None]) -> None:
+    subject = item.subject
+    assert subject is not None
+    breaks: list[str] = []
+    try:
+        with selector.use_backend(item.backend):
+            counterexample(subject)
+    except AssertionError as error:
+        breaks.append(str(error))
+    record_property(PROPERTY, json.dumps(checks.record(item, EXAMPLES, breaks)))
+    if breaks:
+        pytest.fail(f"{item.label}: {breaks[0]}", pytrace=False)
+
+
+def counterexample(subject: Subject) -> None:
+    """Raises `AssertionError` with the smallest call in which a row's bits depend on others."""
+    make = subject.op.any_size
+    assert make is not None
+    largest = {n: p.default for n, p in inspect.signature(make).parameters.items()}
+    # Small sizes come first, since a failure is shrunk towards them; large ones are tried as well.
+    sizes = st.fixed_dictionaries(
+        {n: st.integers(1, most) | st.sampled_from((most, most - 1)) for n, most in largest.items()}
+    )
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(sizes=sizes, rows=st.integers(2, _ROWS), data=st.sampled_from(Data), more=st.data())
+    def holds(sizes: dict[str, int], rows: int, data: Data, more: Any) -> None:
+        first = more.draw(st.integers(0, rows - 1))
+        count = more.draw(st.integers(1, rows - first))
+        seed = more.draw(st.integers(0, 9))
+        case = make(**sizes)
+        generator = torch.Generator().manual_seed(seed)
+        args = case.args(Draw(subject.dtype, data, generator), rows)
+        axes = case.batch_axes or subject.op.batch_axes
+        chosen = range(first, first + count)
+        variant = Variant("any size", "", take(args, axes, chosen), chosen, range(count))
+        found = compare(
+            subject.run(args),
+            subject.run(variant.args),
+            case.out_axes or subject.op.out_axes,
+            variant,
+        )
+        assert found is None, (
+            f"rows {first} to {first + count} of {rows}, {data} data, seed {seed}, {shapes(args)} "
+            f"({', '.join(f'{name} {size}' for name, size in sizes.items())}): {found}"
+        )
+
+    holds()

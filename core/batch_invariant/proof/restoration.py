@@ -1,0 +1,102 @@
+"""That using a backend, and turning the mode on and off with it, leaves nothing changed behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from batch_invariant.proof.log import Log
+
+_ABSENT = object()
+
+
+def restoration(name: str, log: Log) -> None:
+    """A process that loads, selects, uses and deselects the backend is as it was before.
+
+    In a process of its own, so that what a plugin does while it is imported is seen too.
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, name],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log.looked_at += 1
+    if done.returncode:
+        log.broken(f"using the backend in a new process failed: {done.stderr.strip()[-400:]}")
+        return
+    for changed in json.loads(done.stdout.splitlines()[-1]):
+        log.broken(changed)
+
+
+def _main(name: str) -> None:
+    from batch_invariant import mode, registry, selector
+
+    before = dict(_state())
+    backend = registry.load(name)
+    with selector.use_backend(name):
+        selector.kernels(backend.device_type)
+        with mode.enabled():
+            pass
+    after = dict(_state())
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        if not (old is new or (isinstance(old, (str, int, bool)) and old == new)):
+            changed.append(
+                f"{key} was {_text(old)} before the backend was loaded, used and deselected, and "
+                f"is {_text(new)} after"
+            )
+    sys.stdout.write(json.dumps(changed) + "\n")
+
+
+def _text(value: Any) -> str:
+    return "absent" if value is _ABSENT else repr(value)[:80]
+
+
+def _state() -> Iterator[tuple[str, Any]]:
+    """What a backend may touch: environment, torch's switches, its functions, overrides."""
+    for name, value in os.environ.items():
+        yield f"os.environ[{name!r}]", value
+    for name, read in _SWITCHES.items():
+        yield name, read()
+    for place, owner in _OWNERS.items():
+        for name, value in vars(owner).items():
+            if callable(value) and not name.startswith("__"):
+                yield f"{place}.{name}", value
+    for name in sorted(torch.library._impls):
+        yield f"dispatcher override {name}", True
+
+
+_SWITCHES = {
+    "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
+    "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
+    "torch.get_num_threads()": torch.get_num_threads,
+    "torch.get_default_dtype()": lambda: str(torch.get_default_dtype()),
+    "torch.is_grad_enabled()": torch.is_grad_enabled,
+    "torch.backends.cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
+    "torch.backends.cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
+    "torch.backends.cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
+    "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": lambda: str(
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    ),
+}
+_OWNERS = {
+    "torch": torch,
+    "torch.Tensor": torch.Tensor,
+    "torch.nn.functional": torch.nn.functional,
+    "torch.nn.Module": torch.nn.Module,
+    "torch.linalg": torch.linalg,
+    "torch.special": torch.special,
+}
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
