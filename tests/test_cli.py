@@ -51,8 +51,8 @@ def test_doctor_json() -> None:
     (cpu,) = [b for b in report["backends"] if b["name"] == "cpu"]
     assert cpu["missing"] == []
     assert cpu["ops"]["mm"]["float32"] == {
-        "guarantee": "batch",
-        "order": "serial FMA chain over k in fp32",
+        "guarantee": "schedule",
+        "order": "serial",
         "portable": True,
     }
 
@@ -105,15 +105,42 @@ def test_doctor_shows_a_plugin_that_cannot_run(
 def test_verify_some_operators() -> None:
     done = _bi("verify", "--op", "mm", "--op", "softmax")
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 ops hold." in done.stdout
+    assert "2 of 2 operators hold" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_verify_json() -> None:
-    report = json.loads(_bi("verify", "--op", "sum", "--json").stdout)
-    assert report["ok"] is True
-    assert {r["dtype"] for r in report["results"]} == {"float32", "bfloat16", "float16"}
-    assert all(r["checks"] > 100 and r["breaks"] == [] for r in report["results"])
+def test_verify_writes_a_certificate_and_compares_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    first = _bi("verify", "--op", "sum", "--json", "--report", str(path))
+    report = json.loads(first.stdout)
+    assert report == json.loads(path.read_text())
+    assert report["holds"] is True
+    found = report["ops"]["sum"]
+    assert set(found) == {"cases", "float32", "bfloat16", "float16"}
+    entry = found["float32"]
+    assert entry["guarantee"] == "schedule"
+    assert entry["portable"] is True
+    assert entry["checks"]["T1 population"] >= 6
+    assert len(entry["fingerprint"]) == 12
+
+    again = _bi("verify", "--op", "sum", "--against", str(path))
+    assert again.returncode == 0, again.stdout
+    assert "Nothing differs from" in again.stdout
+
+    (case,) = entry["results"]
+    entry["results"][case] = "0" * 16
+    report["versions"]["torch"] = "2.0"
+    path.write_text(json.dumps(report))
+    changed = _bi("verify", "--op", "sum", "--against", str(path))
+    assert changed.returncode == 1
+    assert "versions, torch: 2.0 -> " in changed.stdout
+    assert f"sum float32: other bits in 1 of 1 cases: {case}" in changed.stdout
+
+    full = _bi("verify", "--op", "sum", "--full", "--against", str(path))
+    assert full.returncode == 2
+    assert "is a quick certificate, and this run is full" in full.stderr
+    path.write_text("{}")
+    assert _bi("verify", "--against", str(path)).returncode == 2
 
 
 def test_verify_reports_a_broken_backend(
@@ -123,7 +150,7 @@ def test_verify_reports_a_broken_backend(
     out = capsys.readouterr().out
     assert "BREAKS" in out
     assert "T1 population" in out
-    assert "0 of 1 ops hold." in out
+    assert "0 of 1 operators hold" in out
 
 
 def test_verify_usage_errors() -> None:
@@ -149,4 +176,6 @@ def test_verify_of_a_backend_without_kernels_is_not_a_success(
 ) -> None:
     install(PLUGIN.format(name="mine"), name="mine")
     assert main(["verify", "--backend", "mine"]) == 1
-    assert "0 of 0 ops hold." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the backend 'mine' has no kernel and declares no gap" in out
+    assert "0 of 35 operators hold" in out

@@ -26,6 +26,7 @@ from batch_invariant.order import (
 from batch_invariant.proof.describe import describe
 from batch_invariant.proof.fingerprint import (
     Fingerprint,
+    OutOfReach,
     Run,
     Unseen,
     fingerprint,
@@ -245,6 +246,24 @@ def test_prefixes_of_a_running_sum() -> None:
     assert notes == ("the sum of the first 11 terms is not made in the order of the whole sum",)
 
 
+@pytest.mark.parametrize(
+    ("rounded", "how"), [(True, "products rounded"), (False, "FMA"), (None, "products not seen")]
+)
+def test_products(rounded: bool | None, how: str) -> None:
+    def run(args: Any) -> tuple[torch.Tensor, ...]:
+        a, b = args["self"].double(), args["mat2"].double()
+        total = torch.zeros(a.size(0), b.size(1))
+        for k in range(a.size(1)):
+            factor = a[:, k].bfloat16().double() if rounded is None else a[:, k]
+            product = factor[:, None] * b[None, k]
+            total = (total + (product.float() if rounded else product)).float()
+        return (total,)
+
+    found = fingerprint(MM, run, torch.float32, 65, rows=2)
+    assert found.text == "serial(65)"
+    assert found.products == how
+
+
 def test_a_long_chain_needs_no_recursion() -> None:
     kernel = selector.kernels("cpu")["mm"]
     run = kernel_run(MM, selector.current_backend("cpu"), kernel)
@@ -297,7 +316,7 @@ def test_positive_terms_out_of_reach() -> None:
 
 
 def test_too_many_terms_are_refused() -> None:
-    with pytest.raises(Unseen, match="20000 terms are too many"):
+    with pytest.raises(OutOfReach, match="20000 terms are too many"):
         fingerprint(
             CONTRACTS["scaled_dot_product_attention"],
             lambda args: pytest.fail("called although it is out of reach"),
@@ -311,7 +330,7 @@ def test_too_many_terms_are_refused() -> None:
 
 
 def test_operators_without_a_probe_say_so() -> None:
-    with pytest.raises(Unseen, match="exp has no probe"):
+    with pytest.raises(OutOfReach, match="exp has no probe"):
         order_of(CONTRACTS["exp"], lambda args: (), torch.float32)
     with pytest.raises(Unseen, match="mm has no probe for the layout 'over dim 0'"):
         fingerprint(MM, stock_run(MM), torch.float32, 8, layout="over dim 0")
@@ -358,9 +377,9 @@ def test_stock_torch_changes_its_order_with_the_batch(name: str, layout: str | N
         fingerprint(op, stock_run(op), torch.float32, None, m, row=None, layout=layout)
         for m in (1, 2, 8, 64)
     ]
-    if len({each.digest for each in found}) == 1:
+    if len({each.bits for each in found}) == 1:
         pytest.skip(f"stock {name} adds in one order here: {found[0].text}")
-    # Another order is other bits: the tree of one size does not replay that of another.
+    # Each of the trees gives the bits at its own size, so the bits differ too.
     assert all(each.replay is not None and not each.replay.refuted for each in found)
 
 
@@ -378,6 +397,11 @@ def linear(input, weight, bias=None):
     half = input.size(-1) // 2
     if len(input) < 4:
         return product(input, weight.mT)
+    if len(input) == 5:
+        out = input[:, :1] * weight[:, 0]
+        for k in range(1, input.size(1)):
+            out = out + input[:, k : k + 1] * weight[:, k]
+        return out
     return product(input[:, :half], weight.mT[:half]) + product(input[:, half:], weight.mT[half:])
 
 class Plugin(CpuBackend):
@@ -399,10 +423,15 @@ def test_command_catches_a_kernel_whose_order_depends_on_the_batch(
     assert main([*words, "--op", "linear", "--terms", "300"]) == 1
     out = capsys.readouterr().out
     assert "  variant      2 DIFFERENT orders\n" in out
-    assert "M 1 2                  serial(300)  replay 16/16 in float32" in out
-    assert "M 8                    chunked(2 x 150, serial)  replay 16/16 in float32" in out
+    assert "M 1 2                  serial(300)  replay 16/16 in float32, FMA" in out
+    assert "M 8                    chunked(2 x 150, serial)  replay 16/16 in float32, FMA" in out
     assert "serial: NOT what is found" in out
     assert "0 of 1 sums have one order, as declared." in out
+    # One tree, but not one rounding.
+    assert main([*words[:3], "--rows", "2,5", "--op", "linear", "--terms", "40"]) == 1
+    out = capsys.readouterr().out
+    assert "M 2                    serial(40)  replay 16/16 in float32, FMA" in out
+    assert "M 5                    serial(40)  replay 16/16 in float32, products rounded" in out
     # One order, but not the one that is declared.
     assert main([*words, "--op", "sum"]) == 1
     out = capsys.readouterr().out
@@ -412,7 +441,7 @@ def test_command_catches_a_kernel_whose_order_depends_on_the_batch(
 def test_command_holds_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fingerprint", "--op", "mm", "--op", "softmax", "--rows", "1,3"]) == 0
     out = capsys.readouterr().out
-    assert "M 1 3                  serial(1100)  replay 16/16 in float32" in out
+    assert "M 1 3                  serial(1100)  replay 16/16 in float32, FMA" in out
     assert "serial: the same" in out
     assert "2 of 2 sums have one order, as declared." in out
     assert "\x1b" not in out
@@ -432,10 +461,13 @@ def test_command_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_says_what_it_cannot_see(capsys: pytest.CaptureFixture[str]) -> None:
+    # Named, it must be seen; in a run over everything it is not held against the backend.
     assert main(["fingerprint", "--op", "exp", "--rows", "1"]) == 1
     assert "not seen: exp has no probe" in capsys.readouterr().out
     assert main(["fingerprint", "--op", "softmax", "--rows", "1", "--dtype", "bfloat16"]) == 1
     assert "which a result of 16 bits rounds off" in capsys.readouterr().out
+    assert main(["fingerprint", "--rows", "2", "--dtype", "bfloat16", "--terms", "64"]) == 0
+    assert "7 of 7 sums have one order, as declared; 1 cannot be seen." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -474,6 +506,7 @@ def test_command_numbers(words: list[str], capsys: pytest.CaptureFixture[str]) -
         (fused(16), 64, "fused(16)"),
         (fused(64), 64, "fused(64)"),
         (lanes(8, 4096), 100, "8-lane strided"),
+        (chunked(4, lanes(2, 4)), 64, "chunked(16 x 4, 2-lane strided)"),
         (lanes(1024, 8192), 2100, "lanes(1024, 8192)"),
         (reversed_groups(2), 9, "serial, groups of 2 reversed"),
         (reversed_groups(3), 9, "chain(1 2 0 5 4 3 8 7 6)"),

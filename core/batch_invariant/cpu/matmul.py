@@ -136,7 +136,7 @@ def _bmm(self: torch.Tensor, mat2: torch.Tensor) -> Any:
 def _addmm(
     self: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> Any:
-    check_mm(mat1, mat2)
+    check_mm(mat1, mat2, self)
     addend = check_addend("addmm", self, (mat1.size(0), mat2.size(1)))
     if _exact(mat1):
         return stock("addmm")(self, mat1, mat2, beta=beta, alpha=alpha)
@@ -151,7 +151,7 @@ def _baddbmm(
     beta: Any = 1,
     alpha: Any = 1,
 ) -> Any:
-    check_bmm(batch1, batch2)
+    check_bmm(batch1, batch2, self)
     addend = check_addend("baddbmm", self, (*batch1.shape[:2], batch2.size(2)))
     if _exact(batch1):
         return stock("baddbmm")(self, batch1, batch2, beta=beta, alpha=alpha)

@@ -144,14 +144,16 @@ def check_addend(name: str, addend: torch.Tensor, shape: tuple[int, ...]) -> tor
         ) from None
 
 
-def check_mm(self: torch.Tensor, mat2: torch.Tensor) -> None:
-    """Raises unless the two are matrices of one dtype that can be multiplied."""
+def check_mm(self: torch.Tensor, mat2: torch.Tensor, addend: torch.Tensor | None = None) -> None:
+    """Raises unless they are matrices that can be multiplied; addend and all of one dtype."""
     _check_mm("mm", self, mat2, 2)
+    _same_dtype("addmm", self, addend)
 
 
-def check_bmm(self: torch.Tensor, mat2: torch.Tensor) -> None:
-    """Raises unless the two are batches of matrices of one dtype that can be multiplied."""
+def check_bmm(self: torch.Tensor, mat2: torch.Tensor, addend: torch.Tensor | None = None) -> None:
+    """Raises unless they are batches of matrices that can be multiplied; all of one dtype."""
     _check_mm("bmm", self, mat2, 3)
+    _same_dtype("baddbmm", self, addend)
 
 
 def check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -180,7 +182,8 @@ def _fake_mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
 def _fake_addmm(
     self: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> torch.Tensor:
-    check_mm(mat1, mat2)
+    check_mm(mat1, mat2, self)
+    check_addend("addmm", self, (mat1.size(0), mat2.size(1)))
     return mat1.new_empty(mat1.size(0), mat2.size(1))
 
 
@@ -197,6 +200,8 @@ def _fake_baddbmm(
     beta: Any = 1,
     alpha: Any = 1,
 ) -> torch.Tensor:
+    check_bmm(batch1, batch2, self)
+    check_addend("baddbmm", self, (batch1.size(0), batch1.size(1), batch2.size(2)))
     return _fake_bmm(batch1, batch2)
 
 

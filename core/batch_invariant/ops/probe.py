@@ -18,11 +18,12 @@ import torch
 @dataclass
 class Site:
     """Where in a batch of `rows` rows the probed sums stand: the rows `at`, or columns of row
-    `at[0]`."""
+    `at[0]`. A sum of products has `factors` [n] beside its terms, or ones."""
 
     rows: int
     at: range
     dtype: torch.dtype
+    factors: torch.Tensor | None = None
     _noise: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     def noise(self, *shape: int) -> torch.Tensor:
@@ -48,6 +49,7 @@ class Probe:
         is any function of the sum that tells one of `bases` from the next larger float. None: the
         terms are the values, and the result is the sum.
     bases: terms whose values are exact, the first that the function tells apart being used.
+    products: the terms are multiplied by `Site.factors`.
     prefix: the same result, with `read` for the sum of the first k terms; for running sums.
     wide: arguments with which the result of 16-bit inputs is in fp32, so that more can be counted
         at once. The tree is then replayed without them.
@@ -66,6 +68,7 @@ class Probe:
     divided: bool = False
     value: Callable[[torch.Tensor], torch.Tensor] | None = None
     bases: tuple[float, ...] = (1.0,)
+    products: bool = False
     prefix: Callable[[tuple[torch.Tensor, ...], int, Site], torch.Tensor] | None = None
     wide: Mapping[str, Any] | None = None
     result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
@@ -141,7 +144,7 @@ def column_probe(left: str, right: str, *, transposed: bool, batched: bool, **ho
             b[row] = matrix
         else:
             a, b = site.noise(site.rows, n), matrix
-        a[row] = 1
+        a[row] = 1 if site.factors is None else site.factors
         return {left: a, right: b, **{name: make(values) for name, make in extra.items()}}
 
     def read(outputs: tuple[torch.Tensor, ...], values: torch.Tensor, site: Site) -> torch.Tensor:
@@ -153,7 +156,7 @@ def column_probe(left: str, right: str, *, transposed: bool, batched: bool, **ho
         read=read,
         slots=64 if batched else 256,
         sum_of="the products",
-        limits=("one factor is 1: whether products are rounded before they are added is not seen",),
+        products=True,
         **how,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.dims import normalize
 from batch_invariant.ops.probe import EXPONENTIALS, at_base, row_probe
 from batch_invariant.ops.reduce import sum_bound
 from batch_invariant.ops.variant import tokens
@@ -30,13 +31,33 @@ def log_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) 
 
 
 def _fake(self: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
-    out = dtype or self.dtype
-    if not out.is_floating_point:
-        raise RuntimeError(f"softmax: expected a floating point dtype, got {out}")
+    out = check_softmax(self, dim, dtype)
     return torch.empty_like(self, dtype=out, memory_format=torch.contiguous_format)
 
 
+def check_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.dtype:
+    """The result's dtype; raises if there is no such dimension, or the dtype is not floating."""
+    normalize(dim, self.dim())
+    out = dtype or self.dtype
+    if not out.is_floating_point:
+        raise RuntimeError(f"softmax: expected a floating point dtype, got {out}")
+    return out
+
+
+def check_softmax_backward(grad_output: torch.Tensor, output: torch.Tensor, dim: int) -> None:
+    """Raises unless the two have one shape, which has such a dimension, and one dtype."""
+    torch._check(
+        grad_output.shape == output.shape and grad_output.dtype == output.dtype,
+        lambda: (
+            f"softmax_backward: grad_output {grad_output.dtype}{list(grad_output.shape)} and "
+            f"output {output.dtype}{list(output.shape)} must have one shape and one dtype"
+        ),
+    )
+    normalize(dim, output.dim())
+
+
 def _fake_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, input_dtype: Any) -> Any:
+    check_softmax_backward(grad, output, dim)
     return torch.empty_like(grad, dtype=input_dtype, memory_format=torch.contiguous_format)
 
 

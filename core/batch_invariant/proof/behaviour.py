@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.bits import difference, mismatch
-from batch_invariant.ops.contract import Case, Data
+from batch_invariant.ops.contract import Case, Data, Op
 from batch_invariant.proof.golden import digest
 from batch_invariant.proof.log import Log, shapes
 from batch_invariant.proof.subject import Subject, draw, short
@@ -166,7 +166,7 @@ def bad_input(subject: Subject, log: Log) -> None:
 
 
 def _wrong_calls(subject: Subject, args: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Calls that the contract's own shape function refuses, or whose dtype is not declared."""
+    """Calls that the contract's shape function or definition refuses, or of an undeclared dtype."""
     kernel = subject.kernel
     assert kernel is not None
     tensors = {name: v for name, v in args.items() if isinstance(v, torch.Tensor)}
@@ -181,8 +181,11 @@ def _wrong_calls(subject: Subject, args: Mapping[str, Any]) -> Iterator[tuple[st
             candidates.append((label, {**args, name: value.to(other)}))
     if isinstance(args.get("dim"), int):
         candidates.append(("dim 7", {**args, "dim": 7}))
+    by_contract = [subject.op.fake]
+    if not _raises(subject.op, subject.op.reference, args):
+        by_contract.append(subject.op.reference)
     for what, wrong in candidates:
-        if _refused(subject, wrong):
+        if any(_raises(subject.op, fn, wrong) for fn in by_contract):
             yield what, wrong
     if any(v.dtype.is_floating_point for v in tensors.values()):
         for dtype in {torch.complex64, torch.float64} - kernel.dtypes:
@@ -190,11 +193,12 @@ def _wrong_calls(subject: Subject, args: Mapping[str, Any]) -> Iterator[tuple[st
             yield f"{short(dtype)}, which is not declared,", {**args, **cast}
 
 
-def _refused(subject: Subject, args: Mapping[str, Any]) -> bool:
-    on_meta = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in args.items()}
+def _raises(op: Op, fn: Callable[..., Any], args: Mapping[str, Any]) -> bool:
+    device = "meta" if fn is op.fake else "cpu"
+    there = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in args.items()}
     try:
-        subject.op.call(subject.op.fake, on_meta)
-    except Exception:  # whatever the contract's shape function raises, it refuses
+        op.call(fn, there)
+    except Exception:  # whatever shape function or definition raise, they refuse
         return True
     return False
 

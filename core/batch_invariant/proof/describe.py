@@ -10,6 +10,7 @@ from batch_invariant.ops.row_order import ROW_ORDER
 from batch_invariant.order import Order, Tree, digest, fold, fused, lanes, reversed_groups, serial
 
 _SHORT = 60
+_LEVELS = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +36,7 @@ def describe(tree: Tree) -> str:
     root = _annotate(tree)
     if root.size == 1:
         return "one term"
-    word = _word(root)
+    word = str(ROW_ORDER) if _is_row_order(root) else _word(root)
     if word is None:
         arity = ", ".join(f"{count} of {k}" for k, count in sorted(_arities(root).items()))
         return f"depth {root.depth}, steps {arity}: {short(tree)}"
@@ -70,8 +71,11 @@ def _annotate(tree: Tree) -> _Node:
     return fold(tree, leaf, node)
 
 
-def _word(root: _Node) -> str | None:
-    """The name without the number of terms, which are a range that starts anywhere."""
+def _word(root: _Node, levels: int = _LEVELS) -> str | None:
+    """The name without the number of terms, which are a range that starts anywhere.
+
+    levels: how many chunks within chunks are looked for.
+    """
     base, n = root.first, root.size
     spine = list(_spine(root))
     name = _relative(root)
@@ -83,12 +87,10 @@ def _word(root: _Node) -> str | None:
     widest = max(_arities(root), default=2)
     if widest > 2:
         width = widest if root.depth == 1 else widest - 1
-        return f"fused({width})" if is_(fused(width)) else _chunked(root)
+        return f"fused({width})" if is_(fused(width)) else _chunked(root, levels)
     stride = spine[-1].parts[1].first - base
     if len(spine) == n - 1 and is_(serial()):
         return "serial"
-    if is_(ROW_ORDER):
-        return str(ROW_ORDER)
     if root.depth == n - 1:
         if is_(reversed_groups(2)):
             return str(reversed_groups(2))
@@ -98,19 +100,25 @@ def _word(root: _Node) -> str | None:
         if stride == 1 and digest(pairs(range(n))) == name:
             return "pairwise"
     if 1 < stride < n:
-        if is_(lanes(stride, n)):
+        if stride & (stride - 1) == 0 and is_(lanes(stride, n)):
             return f"{stride}-lane strided"
         chains = [_chain_of(range(lane, n, stride)) for lane in range(stride)]
         if digest(_chain_of(chains)) == name:
             return f"{stride}-lane strided, lanes one by one"
         if digest(_pairs_of_neighbours(chains)) == name:
             return f"{stride}-lane strided, neighbouring lanes in pairs"
-    return _chunked(root)
+    return _chunked(root, levels)
 
 
-def _chunked(root: _Node) -> str | None:
+def _is_row_order(root: _Node) -> bool:
+    """Whether the whole is what `ops.row_order` does and no plainer name fits."""
+    tree = ROW_ORDER.tree(root.size)
+    return root.size > 3 and tree is not None and digest(tree) == digest(root.tree)
+
+
+def _chunked(root: _Node, levels: int) -> str | None:
     """Blocks of consecutive terms that are added one after another, all but the last alike."""
-    if len(root.parts) != 2:
+    if len(root.parts) != 2 or not levels:
         return None
     for size in sorted({part.size for part in (*root.parts, *root.parts[0].parts[1:])}):
         blocks: list[_Node] = []
@@ -125,7 +133,7 @@ def _chunked(root: _Node) -> str | None:
             continue
         full = [node, *(block for block in reversed(blocks) if block.size == size)]
         shifted = {_relative(block) for block in full}
-        word = _word(node) if len(shifted) == 1 else None
+        word = _word(node, levels - 1) if len(shifted) == 1 else None
         if word is not None:
             rest = f" + {blocks[0].size}" if blocks[0].size < size else ""
             return f"chunked({len(full)} x {size}{rest}, {word})"

@@ -22,12 +22,21 @@ from batch_invariant.ops.probe import Probe, Site
 from batch_invariant.order import Tree, digest
 from batch_invariant.proof.describe import describe
 from batch_invariant.proof.masks import Meeting, masks
-from batch_invariant.proof.replay import Replay, first_terms, replay, spread
+from batch_invariant.proof.replay import Replay, first_terms, replay, rounds_products, spread
 from batch_invariant.proof.reveal import reveal
 from batch_invariant.proof.triplets import Rounding, reveal_positive
-from batch_invariant.proof.unseen import Unseen
+from batch_invariant.proof.unseen import OutOfReach, Unseen
 
-__all__ = ["Fingerprint", "Replay", "Unseen", "fingerprint", "kernel_run", "order_of", "stock_run"]
+__all__ = [
+    "Fingerprint",
+    "OutOfReach",
+    "Replay",
+    "Unseen",
+    "fingerprint",
+    "kernel_run",
+    "order_of",
+    "stock_run",
+]
 
 _ALIKE = 8  # trials that must agree before two slots of a call count as one
 
@@ -42,6 +51,7 @@ class Fingerprint:
     row: the row that was probed; None: every row took part.
     calls: how often the operator was called.
     replay: the tree replayed on random data; None where the result does not show the sum itself.
+    products: for sums of fp32 products, what happens to these before they are added.
     notes: what was found beside the order, in sentences.
     limits: what was not seen, in sentences.
     """
@@ -56,8 +66,15 @@ class Fingerprint:
     text: str
     calls: int
     replay: Replay | None
+    products: str | None
     notes: tuple[str, ...]
     limits: tuple[str, ...]
+
+    @property
+    def bits(self) -> tuple[str, str | None, str | None]:
+        """What must be the same for the same terms to have a sum of the same bits."""
+        accumulator = None if self.replay is None else self.replay.accumulator
+        return self.digest, accumulator, self.products
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; the digest stands for the tree."""
@@ -71,6 +88,7 @@ class Fingerprint:
             "text": self.text,
             "calls": self.calls,
             "replay": None if self.replay is None else self.replay.as_dict(),
+            "products": self.products,
             "notes": list(self.notes),
             "limits": list(self.limits),
         }
@@ -93,14 +111,15 @@ def fingerprint(
         that saves calls; rows that do not add as most do are left out, and a note says so.
     layout: one of the probe's `layouts`; None: rows that are contiguous.
 
-    Raises `Unseen` where the operator has no probe, or the order cannot be seen.
+    Raises `OutOfReach` where nothing could be seen of any implementation (no probe, a sum of
+    non-negative terms in 16 bits, too many terms), and `Unseen` where nothing can be seen of this.
     """
     probe = probe_of(op, layout)
     n = default_terms(probe, dtype) if n is None else n
     if not n >= 1 or rows < 1 or (row is not None and not 0 <= row < rows):
         raise ValueError(f"no row {row} of {rows} with {n} terms")
     if probe.value is not None and torch.finfo(dtype).bits < 32:
-        raise Unseen(
+        raise OutOfReach(
             f"{op.name} in {short_name(dtype)}: its terms cannot be negative, so their order shows "
             "only in the last place of an fp32 sum, which a result of 16 bits rounds off"
         )
@@ -141,6 +160,7 @@ def fingerprint(
         text=describe(tree),
         calls=sums.calls,
         replay=replayed,
+        products=None if replayed is None else sums.products(tree, replayed),
         notes=tuple(notes),
         limits=tuple(limits),
     )
@@ -184,22 +204,22 @@ def order_of(
 ) -> list[Fingerprint]:
     """Fingerprints at several sizes of the batch; equal digests are one order.
 
-    Raises `Unseen` with the reason where there is no probe or nothing can be seen.
+    Raises `OutOfReach` or `Unseen` with the reason, as `fingerprint` does.
     """
     return [fingerprint(op, run, dtype, n, m, row=None) for m in rows]
 
 
 def probe_of(op: Op, layout: str | None = None) -> Probe:
-    """The operator's probe for a layout; raises `Unseen` if its contract has none."""
+    """The operator's probe for a layout; raises `OutOfReach` if it has none."""
     if op.probe is None:
-        raise Unseen(
+        raise OutOfReach(
             f"{op.name} has no probe: nothing is added across elements, or every term depends on "
             "all elements, so that terms cannot be chosen one by one"
         )
     if layout is None:
         return op.probe
     if layout not in op.probe.layouts:
-        raise Unseen(
+        raise OutOfReach(
             f"{op.name} has no probe for the layout {layout!r}; it has "
             f"{', '.join(map(repr, op.probe.layouts)) or 'none but rows'}"
         )
@@ -287,6 +307,16 @@ class _Sums:
         )
         self.used = (kind == count.argmax()).nonzero().flatten()
         return self.slots - len(self.used)
+
+    def products(self, tree: Tree, whole: Replay) -> str | None:
+        """What happens to fp32 products; those of 16 bits are exact in fp32."""
+        seen = self.probe.products and self.site.dtype == torch.float32
+        if not seen or whole.several or whole.accumulator != "float32":
+            return None
+        self.site.factors = 1 + torch.rand(self.n, generator=torch.Generator().manual_seed(2))
+        rounded = rounds_products(tree, self, self.n, self.site.factors)
+        self.site.factors = None
+        return {True: "products rounded", False: "FMA", None: "products not seen"}[rounded]
 
     def prefixes(self, tree: Tree, whole: Replay) -> list[str]:
         """A sentence if the sums of the first k terms are not made in the order of the whole."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batch_invariant.proof.unseen import Unseen
+from batch_invariant.proof.unseen import OutOfReach, Unseen
 
 Integers = NDArray[np.int64]
 Sums = Callable[[torch.Tensor], torch.Tensor]
@@ -36,7 +36,7 @@ class Masks:
 def masks(dtype: torch.dtype, result: torch.dtype, n: int, divided: bool) -> Masks:
     """Values for inputs of `dtype` and a result of another dtype, of the sum or of the mean.
 
-    Raises `Unseen` if n is too large for the dtype.
+    Raises `OutOfReach` if n is too large for the dtype.
     """
     digits = 1 - int(np.log2(torch.finfo(result).eps))  # 24 for float32
     # A quotient is rounded, so a bit is kept back to tell one count from the next.
@@ -45,7 +45,7 @@ def masks(dtype: torch.dtype, result: torch.dtype, n: int, divided: bool) -> Mas
         big = 1.5 * 2.0 ** (900 if dtype == torch.float64 else 120)
         # Counted in pieces, or else all at once: partial sums beyond 2**24 would be rounded.
         if torch.finfo(result).bits >= 32 and n > chunk:
-            raise Unseen(f"{n} terms are too many: {result} counts to {chunk}")
+            raise OutOfReach(f"{n} terms are too many: {result} counts to {chunk}")
         return Masks(big, 1.0, chunk)
     big = 1.5 * 2.0**15
     unit = 2.0**-24
@@ -55,7 +55,7 @@ def masks(dtype: torch.dtype, result: torch.dtype, n: int, divided: bool) -> Mas
     # Half a unit of the last place of M in an fp32 accumulator is 2**-9.
     chunk = min(chunk, int(2.0**-9 / unit) - 1)
     if chunk < 1:
-        raise Unseen(
+        raise OutOfReach(
             f"{n} terms are too many: the range of float16 does not hold a value that swallows "
             "units large enough for the mean of that many to be counted; take fewer terms"
         )

@@ -17,6 +17,7 @@ from batch_invariant.ops.contract import Op
 from batch_invariant.order import digest
 from batch_invariant.proof.fingerprint import (
     Fingerprint,
+    OutOfReach,
     Run,
     Unseen,
     default_terms,
@@ -32,23 +33,27 @@ Step = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """The fingerprints of one implementation; `unseen` says why there are none."""
+    """The fingerprints of one implementation.
+
+    unseen: why there are none. reachable: whether there could have been any.
+    """
 
     prints: tuple[Fingerprint, ...]
     unseen: str | None = None
+    reachable: bool = True
 
-    def groups(self) -> dict[str, list[Fingerprint]]:
-        """The fingerprints by digest."""
-        found: dict[str, list[Fingerprint]] = {}
+    def groups(self) -> list[list[Fingerprint]]:
+        """The fingerprints that are alike, by the smallest batch."""
+        found: dict[tuple[str, str | None, str | None], list[Fingerprint]] = {}
         for each in self.prints:
-            found.setdefault(each.digest, []).append(each)
-        return found
+            found.setdefault(each.bits, []).append(each)
+        return list(found.values())
 
     def lines(self) -> list[tuple[str, list[int], str]]:
         """Digest, sizes of the batch and name of each order."""
         return [
-            (name, [each.rows for each in group], _named(group[0]))
-            for name, group in self.groups().items()
+            (group[0].digest, [each.rows for each in group], _named(group[0]))
+            for group in self.groups()
         ]
 
     def notes(self) -> list[str]:
@@ -193,7 +198,7 @@ def _orders(
                 step(f"{op.name} {short_name(dtype)} M {m}", 1)
                 prints.append(fingerprint(op, call, dtype, count, m, row=None, layout=layout))
         except Unseen as reason:
-            return Side((), str(reason))
+            return Side((), str(reason), not isinstance(reason, OutOfReach))
         return Side(tuple(prints))
 
     stock = side(lambda: stock_run(op, backend.device_type))
@@ -215,4 +220,5 @@ def _orders(
 
 
 def _named(found: Fingerprint) -> str:
-    return found.text if found.replay is None else f"{found.text}  replay {found.replay}"
+    text = found.text if found.replay is None else f"{found.text}  replay {found.replay}"
+    return text if found.products is None else f"{text}, {found.products}"

@@ -88,6 +88,36 @@ def evaluate(tree: Tree, terms: NDArray[Any]) -> NDArray[Any]:
     return fold(tree, lambda i: columns[i], node)
 
 
+def rounds_products(tree: Tree, sums: Sums, n: int, factors: torch.Tensor) -> bool | None:
+    """Whether fp32 products are rounded before they are added; None: the bits fit neither.
+
+    sums: multiplies the terms by the factors, [n].
+    """
+    terms = spread(TRIALS, n, torch.float32)
+    found = sums(terms).numpy()
+    exact = terms.double().numpy() * factors.double().numpy()
+    if np.array_equal(found, evaluate(tree, exact.astype(np.float32))):
+        return True
+    return False if np.array_equal(found, _fused_products(tree, exact)) else None
+
+
+def _fused_products(tree: Tree, exact: NDArray[np.float64]) -> NDArray[np.float32]:
+    """A chain of fused multiply-adds wherever a product is added; the first product is rounded."""
+
+    def node(parts: list[NDArray[Any]]) -> NDArray[Any]:
+        first, second = parts[0], parts[1]
+        if first.dtype == second.dtype == np.float64:
+            first = first.astype(np.float32)
+        # 48 digits of a product and 24 of a sum: float64 rounds rarely, and hardly ever to a tie.
+        total: NDArray[Any] = first + second
+        rounded: NDArray[Any] = total.astype(np.float32)
+        return rounded
+
+    columns = np.ascontiguousarray(exact.T)
+    added: NDArray[np.float32] = fold(tree, lambda i: columns[i], node).astype(np.float32)
+    return added
+
+
 def first_terms(tree: Tree, k: int) -> Tree:
     """The order that is left of a tree when only its first k terms are added."""
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def _state() -> Iterator[tuple[str, Any]]:
         yield f"dispatcher override {name}", True
 
 
-_SWITCHES = {
+_SWITCHES: dict[str, Callable[[], Any]] = {
     "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
     "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
     "torch.get_num_threads()": torch.get_num_threads,

@@ -1,0 +1,27 @@
+"""embedding: rows of the table, copied."""
+
+from __future__ import annotations
+
+import torch
+
+from batch_invariant.backend import Kernel
+from batch_invariant.guarantee import Guarantee
+from batch_invariant.order import undeclared
+from batch_invariant_sample.dtypes import DTYPES, check_dtype
+
+
+def _embedding(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    check_dtype("embedding", weight)
+    rows = weight.index_select(0, indices.reshape(-1))
+    return rows.view(*indices.shape, weight.size(1))
+
+
+KERNELS = {
+    "embedding": Kernel(
+        fn=_embedding,
+        guarantee=Guarantee.SCHEDULE,
+        dtypes=DTYPES,
+        order=undeclared("copies"),
+        portable=DTYPES,
+    )
+}
