@@ -69,15 +69,17 @@ def pytest_configure(config: pytest.Config) -> None:
     except BatchInvariantError as error:
         raise pytest.UsageError(str(error)) from error
     if report:
-        config.pluginmanager.register(_Report(name, Path(report)))
+        planned = len(config.stash[PLAN])
+        config.pluginmanager.register(_Report(name, Path(report), planned))
 
 
 class _Report:
     """Gathers what the tests found, and writes the certificate when they are over."""
 
-    def __init__(self, backend: str, path: Path) -> None:
+    def __init__(self, backend: str, path: Path, planned: int) -> None:
         self._backend = backend
         self._path = path
+        self._planned = planned
         self._outcomes: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -91,5 +93,7 @@ class _Report:
         if not hasattr(session.config, "workerinput"):
             from batch_invariant.proof import certificate
 
-            made = certificate.make(self._backend, "full", self._outcomes)
+            # Deselected by -k, stopped by -x, or ended without a word: no certificate of everything.
+            scope = "full" if len(self._outcomes) == self._planned else "partial"
+            made = certificate.make(self._backend, scope, self._outcomes)
             self._path.write_text(certificate.text(made))

@@ -23,8 +23,8 @@ from batch_invariant.order import (
     reversed_groups,
     serial,
 )
-from batch_invariant.proof.describe import describe
-from batch_invariant.proof.fingerprint import (
+from batch_invariant.proof.order.describe import describe
+from batch_invariant.proof.order.fingerprint import (
     Fingerprint,
     OutOfReach,
     Run,
@@ -34,7 +34,7 @@ from batch_invariant.proof.fingerprint import (
     order_of,
     stock_run,
 )
-from batch_invariant.proof.masks import masks
+from batch_invariant.proof.order.masks import masks
 from plugin_source import Install
 
 SUM, MM, LSE, NORM = (CONTRACTS[name] for name in ("sum", "mm", "logsumexp", "norm"))
@@ -223,7 +223,7 @@ def test_rows_that_add_otherwise_are_found() -> None:
 
     found = measure(add, 129, rows=8)
     assert found.digest == measure(add_serial, 129).digest
-    assert found.notes[0].startswith("1 of 8 rows of one call do not add as the others do")
+    assert found.faults[0].startswith("1 of 8 rows of one call do not add as the others do")
     first = measure(add, 129, rows=8, row=0)
     assert first.digest == measure(add_lanes, 129).digest
 
@@ -239,11 +239,13 @@ def test_prefixes_of_a_running_sum() -> None:
         return call
 
     op = CONTRACTS["cumsum"]
-    assert fingerprint(op, run(False), torch.float32, 33, rows=4, row=None).notes == (
-        "it adds in float64, wider than fp32",
+    good = fingerprint(op, run(False), torch.float32, 33, rows=4, row=None)
+    assert good.faults == ()
+    assert good.notes == ("it adds in float64, wider than fp32",)
+    bad = fingerprint(op, run(True), torch.float32, 33, rows=4, row=None)
+    assert bad.faults == (
+        "the sum of the first 11 terms is not made in the order of the whole sum",
     )
-    notes = fingerprint(op, run(True), torch.float32, 33, rows=4, row=None).notes
-    assert notes == ("the sum of the first 11 terms is not made in the order of the whole sum",)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +356,7 @@ def test_cpu_kernels_add_as_they_declare(name: str, dtype: torch.dtype) -> None:
     found = order_of(op, run, dtype, rows=(2, 65))
     assert len({each.digest for each in found}) == 1
     assert all(each.replay is None or each.replay.accumulator == "float32" for each in found)
-    assert not any("do not add as the others" in note for each in found for note in each.notes)
+    assert all(each.faults == () for each in found)
     tree = kernel.order_of(dtype).tree(found[0].terms)
     if tree is None:
         pytest.skip(f"declared without a tree: {kernel.order_of(dtype)}; found {found[0].text}")
@@ -404,6 +406,12 @@ def linear(input, weight, bias=None):
         return out
     return product(input[:, :half], weight.mT[:half]) + product(input[:, half:], weight.mT[half:])
 
+def mean(self, dim=None, keepdim=False, *, dtype=None):
+    from batch_invariant.cpu.reduce import KERNELS
+    out = KERNELS["mean"].fn(self, dim, keepdim, dtype=dtype)
+    out[0] = KERNELS["mean"].fn(self[:1].roll(1, 1), dim, keepdim, dtype=dtype)[0]
+    return out
+
 class Plugin(CpuBackend):
     name = "variant"
 
@@ -411,6 +419,7 @@ class Plugin(CpuBackend):
         table = dict(super().kernels())
         table["linear"] = replace(table["linear"], fn=linear)
         table["sum"] = replace(table["sum"], order=lanes(512, 8192))
+        table["mean"] = replace(table["mean"], fn=mean)
         return table
 """
 
@@ -432,6 +441,10 @@ def test_command_catches_a_kernel_whose_order_depends_on_the_batch(
     out = capsys.readouterr().out
     assert "M 2                    serial(40)  replay 16/16 in float32, FMA" in out
     assert "M 5                    serial(40)  replay 16/16 in float32, products rounded" in out
+    # The first row is added from its last term on.
+    assert main([*words, "--op", "mean", "--terms", "60"]) == 1
+    out = capsys.readouterr().out
+    assert "1 of 8 rows of one call do not add as the others do" in out
     # One order, but not the one that is declared.
     assert main([*words, "--op", "sum"]) == 1
     out = capsys.readouterr().out

@@ -121,7 +121,7 @@ _CONTROLS: list[tuple[str, str, Callable[[Kernel], Kernel], str]] = [
     ("accuracy", "mm", _returns(lambda out: out * 1.001), "beyond the bound"),
     ("golden", "mm", _float64, "and the golden one"),
     ("order", "sum", _shuffled, "the declared order of"),
-    ("order", "mm", lambda fn: lambda a, b: torch.mm(a, b), "with 64 rows is"),
+    ("order", "mm", lambda fn: lambda a, b: torch.mm(a, b), "with 64 rows are"),
     ("bad input", "softmax", _lenient, "dim 7"),
     ("dispatch", "mm", _float64, "the registered operator"),
     ("compile", "mm", _float64, "compiled by"),
@@ -274,7 +274,7 @@ def test_a_gap_in_nothing_is_an_error(install: Install, gap: str) -> None:
     source = PLUGIN.format(name="mine").replace("Kernel\n", "Kernel, Gap\n", 1)
     source += f"\n        def gaps(self):\n            return [Gap({gap}, reason='later')]\n"
     install(source, name="mine")
-    with pytest.raises(ConfigurationError, match="'mine'|mine declares a gap in an unknown"):
+    with pytest.raises(ConfigurationError, match="mine declares a gap in an unknown"):
         checks.plan("mine")
 
 

@@ -64,9 +64,18 @@ def test_an_instance_as_entry_point_is_refused(install: Install) -> None:
         bi.use_backend("mine")
 
 
+def test_a_plugin_whose_constructor_fails_is_named(install: Install) -> None:
+    source = PLUGIN.format(name="mine") + "\n        def __init__(self): raise OSError('no driver')"
+    install(source, name="mine", dist="theirs")
+    message = r"'mine' of theirs 1.0 cannot be constructed: OSError: no driver; .* probe\(\)"
+    with pytest.raises(bi.InvalidBackend, match=message):
+        bi.use_backend("mine")
+
+
 def test_a_plugin_that_does_not_import_breaks_itself_only(install: Install) -> None:
-    install("import no_such_sdk", name="mine")
-    with pytest.raises(ModuleNotFoundError, match="no_such_sdk"):
+    install("import no_such_sdk", name="mine", dist="theirs")
+    message = "'mine' of theirs 1.0 does not import: ModuleNotFoundError.*no_such_sdk"
+    with pytest.raises(bi.InvalidBackend, match=message):
         bi.use_backend("mine")
     assert "no_such_sdk" in bi.backends()["mine"].reason
     assert bi.current_backend("cpu").name == "cpu"

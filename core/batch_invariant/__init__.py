@@ -30,7 +30,7 @@ _HOME = {
         "VarianceFound",
     ),
     "guarantee": ("Guarantee",),
-    "proof.function": ("verify",),
+    "proof.user.function": ("verify",),
     "mode": ("disable", "enable", "enabled", "is_enabled"),
     "selector": ("backends", "current_backend", "use_backend"),
     "ops.matmul": ("addmm", "baddbmm", "bmm", "linear", "matmul", "mm"),

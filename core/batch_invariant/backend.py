@@ -46,6 +46,15 @@ class Kernel:
     portable: frozenset[torch.dtype] = frozenset()
     supports: Callable[..., str | None] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.order, (Order, Mapping)):
+            raise TypeError(
+                f"the order of a kernel is an Order of batch_invariant.order, such as serial(), or "
+                f"a mapping from dtypes to Orders; got {self.order!r}"
+            )
+        if not isinstance(self.guarantee, Guarantee):
+            raise TypeError(f"the guarantee of a kernel is a Guarantee; got {self.guarantee!r}")
+
     def order_of(self, dtype: torch.dtype) -> Order:
         """The order of the additions for inputs of this dtype."""
         return self.order if isinstance(self.order, Order) else self.order[dtype]

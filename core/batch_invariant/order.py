@@ -84,7 +84,7 @@ def lanes(count: int, segment: int) -> Order:
     count: a power of two. segment: elements; the lanes of the segments are added ascending.
     """
     if count < 1 or count & (count - 1):
-        raise ValueError(f"lanes are folded by halves, so their count is a power of two, not {count}")
+        raise ValueError(f"lanes are folded by halves: their count is a power of two, not {count}")
 
     def build(leaves: Sequence[int]) -> Tree:
         starts = range(0, len(leaves), segment)

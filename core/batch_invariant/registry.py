@@ -23,9 +23,10 @@ def installed() -> dict[str, EntryPoint]:
     for entry in entry_points(group=GROUP):
         first = found.setdefault(entry.name, entry)
         if first.value != entry.value or distribution_of(first) != distribution_of(entry):
+            one, other = (f"{distribution_of(e)} ({e.value})" for e in (first, entry))
             raise BatchInvariantError(
-                f"two packages provide the backend {entry.name!r}: {distribution_of(first)} "
-                f"({first.value}) and {distribution_of(entry)} ({entry.value}); uninstall one of them"
+                f"two packages provide the backend {entry.name!r}: {one} and {other}; "
+                "uninstall one of them"
             )
     return found
 
@@ -39,7 +40,13 @@ def load(name: str) -> Backend:
     entry = entries[name]
     cls = _import(name)
     _check(cls, name, distribution_of(entry))
-    backend: Backend = cls()
+    try:
+        backend: Backend = cls()
+    except Exception as error:  # a plugin may raise anything
+        raise InvalidBackend(
+            f"the backend {name!r} of {distribution_of(entry)} cannot be constructed: "
+            f"{type(error).__name__}: {error}; leave what may fail to probe()"
+        ) from error
     return backend
 
 
@@ -64,6 +71,11 @@ def _import(name: str) -> Any:
             f"the backend {name!r} is installed, but stevedore's cache does not know it yet; "
             "delete the folder python-entrypoints in the user's cache folder "
             "($XDG_CACHE_HOME, or ~/.cache)"
+        ) from error
+    except Exception as error:  # whatever a plugin raises while it is imported
+        raise InvalidBackend(
+            f"the backend {name!r} of {distribution(name)} does not import: "
+            f"{type(error).__name__}: {error}; import the vendor's SDK in kernels(), not at the top"
         ) from error
     return driver
 

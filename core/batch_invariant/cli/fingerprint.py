@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from batch_invariant.errors import BatchInvariantError, ConfigurationError, UnknownBackend
-    from batch_invariant.proof.orders import Orders, orders
+    from batch_invariant.proof.order.orders import Orders, orders
 
     started = time.perf_counter()
     results: list[Orders] = []

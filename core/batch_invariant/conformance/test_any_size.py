@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from batch_invariant import selector
-from batch_invariant.conformance.test_operators import as_parameter
+from batch_invariant.conformance.test_operators import as_parameter, conclude
 from batch_invariant.ops.contract import Data, Draw
 from batch_invariant.ops.variant import Variant, take
 from batch_invariant.proof import checks
@@ -43,8 +43,7 @@ def test_any_size(item: checks.Item, record_property: Callable[[str, object], No
     except AssertionError as error:
         breaks.append(str(error))
     record_property(PROPERTY, json.dumps(checks.record(item, EXAMPLES, breaks)))
-    if breaks:
-        pytest.fail(f"{item.label}: {breaks[0]}", pytrace=False)
+    conclude(item, breaks)
 
 
 def counterexample(subject: Subject) -> None:
@@ -77,12 +76,16 @@ def counterexample(subject: Subject) -> None:
         axes = case.batch_axes or subject.op.batch_axes
         chosen = range(first, first + count)
         variant = Variant("any size", "", take(args, axes, chosen), chosen, range(count))
-        found = compare(
-            subject.run(args),
-            subject.run(variant.args),
-            case.out_axes or subject.op.out_axes,
-            variant,
-        )
+        found: str | None
+        try:
+            found = compare(
+                subject.run(args),
+                subject.run(variant.args),
+                case.out_axes or subject.op.out_axes,
+                variant,
+            )
+        except Exception as error:  # whatever a kernel raises is what the search found
+            found = f"raised {type(error).__name__}: {error}"
         assert found is None, (
             f"rows {first} to {first + count} of {rows}, {data} data, seed {seed}, {shapes(args)} "
             f"({', '.join(f'{name} {size}' for name, size in sizes.items())}): {found}"

@@ -1,9 +1,9 @@
 """How the sum inside an operator is given chosen terms, and read back.
 
 A contract that carries a `Probe` can have its order of additions measured from outside
-(`proof.fingerprint`), whatever device or library computes it. The probe builds the arguments of
-one call in which the sums at chosen places, its slots, add given terms; everything else in the
-batch is noise.
+(`proof.order`), whatever device or library computes it. The probe builds the arguments of one call
+in which the sums at chosen places, its slots, add given terms; everything else in the batch is
+noise.
 """
 
 from __future__ import annotations

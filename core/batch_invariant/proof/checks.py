@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from batch_invariant import registry, selector
-from batch_invariant.backend import Gap
-from batch_invariant.errors import BackendUnavailable, ConfigurationError
+from batch_invariant.backend import Availability, Backend, Gap, Kernel
+from batch_invariant.errors import BackendUnavailable, ConfigurationError, InvalidBackend
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.proof import behaviour, torch_tools
@@ -116,7 +116,7 @@ def plan(
 
     ops: only these operators. level: check up to this guarantee instead of the declared ones.
     full: all cases and data. search: `ANY_SIZE` too, which `run` does not know.
-    Raises `UnknownBackend`, `BackendUnavailable` or `ConfigurationError`.
+    Raises `UnknownBackend`, `InvalidBackend`, `BackendUnavailable` or `ConfigurationError`.
     """
     wanted = list(ops) or list(CONTRACTS)
     if unknown := sorted(set(wanted) - set(CONTRACTS)):
@@ -124,12 +124,12 @@ def plan(
             f"unknown operator {', '.join(unknown)}; known: {', '.join(CONTRACTS)}"
         )
     chosen = registry.load(backend)
-    available = chosen.probe()
+    available = _asked(chosen, "probe", Availability)
     if not available.ok:
         raise BackendUnavailable(backend, available.reason, available.remedy)
-    gaps = tuple(chosen.gaps())
-    _known(gaps, backend)
-    table = chosen.kernels()
+    table = _asked(chosen, "kernels", Mapping)
+    gaps = tuple(_asked(chosen, "gaps", Sequence))
+    _known(gaps, table, backend)
     items = []
     for name in wanted:
         op, kernel = CONTRACTS[name], table.get(name)
@@ -193,7 +193,23 @@ def _gap(gaps: tuple[Gap, ...], subject: Subject | None, check: str) -> Gap | No
     return None
 
 
-def _known(gaps: tuple[Gap, ...], backend: str) -> None:
+def _asked(backend: Backend, method: str, kind: type) -> Any:
+    """What a method of the backend answers; `InvalidBackend` if it raises or answers otherwise."""
+    who = f"{method}() of the backend {backend.name!r} ({registry.distribution(backend.name)})"
+    try:
+        answer = getattr(backend, method)()
+    except Exception as error:  # a plugin may raise anything
+        raise InvalidBackend(f"{who} raised {type(error).__name__}: {error}") from error
+    if not isinstance(answer, kind):
+        raise InvalidBackend(f"{who} returned {answer!r}; expected a {kind.__name__}")
+    return answer
+
+
+def _known(gaps: tuple[Gap, ...], table: Mapping[str, Kernel], backend: str) -> None:
+    if strange := sorted(set(table) - set(CONTRACTS)):
+        raise ConfigurationError(
+            f"{backend} has kernels for operators without a contract: {', '.join(strange)}"
+        )
     for gap in gaps:
         if gap.op is not None and gap.op not in CONTRACTS:
             raise ConfigurationError(f"{backend} declares a gap in an unknown operator {gap.op!r}")

@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 
+from batch_invariant import env
 from batch_invariant.proof.log import Log
 
 _ABSENT = object()
+
+_ENVIRONMENT = dict(os.environ)
+"""As it was before any plugin was loaded: what one leaves behind in this process must not pass for
+what the next one starts with."""
 
 
 def restoration(name: str, log: Log) -> None:
@@ -24,7 +29,7 @@ def restoration(name: str, log: Log) -> None:
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-m", __name__, name],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**_ENVIRONMENT, "PYTHONPATH": paths, env.MODE: "0"},
         capture_output=True,
         text=True,
         check=False,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 
 from batch_invariant.errors import OpNotSupported
-from batch_invariant.ops.contract import FLOATS
 
-DTYPES = frozenset(FLOATS)
+DTYPES = frozenset((torch.float32, torch.bfloat16))
 
 
 def refusal(op: str, dtype: torch.dtype) -> str | None:
     """Why a kernel refuses a dtype, in words for the user; None if it takes it."""
     if dtype in DTYPES:
         return None
-    return f"{op} of the sample backend takes float32, bfloat16 and float16; got {dtype}"
+    return f"{op} of the sample backend takes float32 and bfloat16; got {dtype}"
 
 
 def check_dtype(op: str, *tensors: torch.Tensor | None) -> None:

@@ -18,13 +18,18 @@ from batch_invariant.order import serial
 from batch_invariant_sample.dtypes import DTYPES, check_dtype
 
 
+_BLOCK = 2**15  # outputs worked on at once: they stay in the cache; their bits do not depend on it
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` for [M, K] and [K, N], in fp32 and not rounded further."""
-    a, b = a.float(), b.float()
-    total = a.new_zeros(a.size(0), b.size(1))
-    for k in range(a.size(1)):
-        total += a[:, k, None] * b[k]
-    return total
+    a, b = a.float(), b.float().contiguous()
+    out = a.new_zeros(a.size(0), b.size(1))
+    rows = max(1, _BLOCK // max(1, b.size(1)))
+    for left, total in zip(a.split(rows), out.split(rows), strict=True):
+        for column, row in zip(left.unbind(1), b.unbind(0), strict=True):
+            total += column[:, None] * row
+    return out
 
 
 def _mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:

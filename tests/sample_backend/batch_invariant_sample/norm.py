@@ -26,7 +26,10 @@ def _rms_norm(
     size = n if variance_size is None else variance_size
     head = rows[:, :size]
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    r = 1 / (lane_sum(head * head) / size + eps).sqrt()
+    # The root of an fp32 number, taken in float64 and rounded, is the correctly rounded one. That
+    # of torch in fp32 is not always: it differs from machine to machine, and is not portable.
+    root = (lane_sum(head * head) / size + eps).double().sqrt().float()
+    r = 1 / root
     out = rows * r[:, None]
     out = out if weight is None else out * weight.float()
     # The second output is the rounded sum with the residual; without one it is empty.

@@ -31,6 +31,12 @@ def _softmax_backward(
     grad_output: torch.Tensor, output: torch.Tensor, dim: int, input_dtype: torch.dtype
 ) -> torch.Tensor:
     check_dtype("softmax_backward", grad_output, output)
+    if grad_output.shape != output.shape or grad_output.dtype != output.dtype:
+        # Torch would broadcast and promote, and hide a mistake.
+        raise RuntimeError(
+            "softmax_backward: expected gradient and output of one shape and dtype, got "
+            f"{grad_output.dtype}{list(grad_output.shape)} and {output.dtype}{list(output.shape)}"
+        )
     g, y = rows_along(grad_output, dim).float(), rows_along(output, dim).float()
     out = ((g - lane_sum(g * y)[:, None]) * y).to(input_dtype)
     return from_rows_along(out, grad_output.shape, dim)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from batch_invariant.ops.bits import Mismatch, bits, mismatch
-from batch_invariant.proof.record import Call, Place, Recorder, Spec
-from batch_invariant.proof.rows import Batch, NoAxis, axis_between, plain, readable
+from batch_invariant.proof.user.record import Call, Place, Recorder, Spec
+from batch_invariant.proof.user.rows import Batch, NoAxis, axis_between, plain, readable
 
 Run = Callable[[Batch, Recorder], Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from batch_invariant.errors import VarianceFound
 from batch_invariant.ops.bits import Mismatch
-from batch_invariant.proof.bisect import Fork, Operator
+from batch_invariant.proof.user.bisect import Fork, Operator
 
 
 @dataclass(frozen=True)

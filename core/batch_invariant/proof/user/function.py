@@ -10,11 +10,11 @@ import torch
 from batch_invariant import mode
 from batch_invariant.errors import ConfigurationError
 from batch_invariant.ops.bits import Mismatch, mismatch
-from batch_invariant.proof import bisect
-from batch_invariant.proof.report import Break, Report, Smallest
-from batch_invariant.proof.rows import Axis, Batch, BatchDim, NoAxis, axis_between, find_rows
-from batch_invariant.proof.runner import Outputs, Runner, random_state_kept
-from batch_invariant.proof.variations import NEIGHBOURS, Variation, variations
+from batch_invariant.proof.user import bisect
+from batch_invariant.proof.user.report import Break, Report, Smallest
+from batch_invariant.proof.user.rows import Axis, Batch, BatchDim, NoAxis, axis_between, find_rows
+from batch_invariant.proof.user.runner import Outputs, Runner, random_state_kept
+from batch_invariant.proof.user.variations import NEIGHBOURS, Variation, variations
 
 _FAILING_ROWS = 4
 

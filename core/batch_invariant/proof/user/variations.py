@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batch_invariant.proof.rows import Batch
+from batch_invariant.proof.user.rows import Batch
 
 _POPULATIONS = (2, 3, 4, 7, 8, 16, 17, 33, 64, 129, 256, 1000)
 _EXTRA_ROWS = (1, 5)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batch_invariant.proof.unseen import OutOfReach, Unseen
+from batch_invariant.proof.order.unseen import OutOfReach, Unseen
 
 Integers = NDArray[np.int64]
 Sums = Callable[[torch.Tensor], torch.Tensor]
@@ -99,7 +99,7 @@ class Meeting:
             found = self.sums(torch.from_numpy(terms).to(self.dtype)).double().numpy()
             counted = found * (self.n if self.divided else 1) / unit
             whole = np.rint(counted)
-            wrong = ~(np.abs(counted - whole) < 0.5) | (whole < 0) | (whole > there)
+            wrong = ~np.isfinite(counted) | (whole < 0) | (whole > there)
             if wrong.any():
                 at = int(np.argmax(wrong))
                 raise Unseen(

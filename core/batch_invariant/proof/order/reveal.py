@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from batch_invariant.order import Tree
-from batch_invariant.proof.masks import Integers
-from batch_invariant.proof.unseen import Unseen
+from batch_invariant.proof.order.masks import Integers
+from batch_invariant.proof.order.unseen import Unseen
 
 Meet = Callable[[Integers, Integers, Sequence[Integers]], Integers]
 

@@ -20,12 +20,12 @@ from batch_invariant.backend import Backend, Kernel
 from batch_invariant.ops.contract import Op
 from batch_invariant.ops.probe import Probe, Site
 from batch_invariant.order import Tree, digest
-from batch_invariant.proof.describe import describe
-from batch_invariant.proof.masks import Meeting, masks
-from batch_invariant.proof.replay import Replay, first_terms, replay, rounds_products, spread
-from batch_invariant.proof.reveal import reveal
-from batch_invariant.proof.triplets import Rounding, reveal_positive
-from batch_invariant.proof.unseen import OutOfReach, Unseen
+from batch_invariant.proof.order.describe import describe
+from batch_invariant.proof.order.masks import Meeting, masks
+from batch_invariant.proof.order.replay import Replay, first_terms, replay, rounds_products, spread
+from batch_invariant.proof.order.reveal import reveal
+from batch_invariant.proof.order.triplets import Rounding, reveal_positive
+from batch_invariant.proof.order.unseen import OutOfReach, Unseen
 
 __all__ = [
     "Fingerprint",
@@ -52,7 +52,8 @@ class Fingerprint:
     calls: how often the operator was called.
     replay: the tree replayed on random data; None where the result does not show the sum itself.
     products: for sums of fp32 products, what happens to these before they are added.
-    notes: what was found beside the order, in sentences.
+    faults: what an invariant kernel must not do, in sentences.
+    notes: what else was found beside the order.
     limits: what was not seen, in sentences.
     """
 
@@ -67,6 +68,7 @@ class Fingerprint:
     calls: int
     replay: Replay | None
     products: str | None
+    faults: tuple[str, ...]
     notes: tuple[str, ...]
     limits: tuple[str, ...]
 
@@ -89,6 +91,7 @@ class Fingerprint:
             "calls": self.calls,
             "replay": None if self.replay is None else self.replay.as_dict(),
             "products": self.products,
+            "faults": list(self.faults),
             "notes": list(self.notes),
             "limits": list(self.limits),
         }
@@ -128,16 +131,18 @@ def fingerprint(
     everywhere = row is None and probe.slots is None
     site = Site(rows, range(rows) if everywhere else range(row or 0, (row or 0) + 1), dtype)
     sums = _Sums(probe, run, n, site)
+    faults: list[str] = []
     notes: list[str] = []
     limits = list(probe.limits)
     if differing := sums.keep_alike():
         where = "rows" if everywhere else "columns"
-        notes.append(
+        (faults if everywhere else notes).append(
             f"{differing} of {sums.slots} {where} of one call do not add as the others do; this "
             "is the order of the others"
         )
     if probe.value is None:
         tree, replayed = _signed(sums, dtype, notes)
+        faults += sums.prefixes(tree, replayed)
         if replayed.several:
             limits.append("how a step of several terms rounds is not seen")
         elif replayed.accumulator is None:
@@ -161,6 +166,7 @@ def fingerprint(
         calls=sums.calls,
         replay=replayed,
         products=None if replayed is None else sums.products(tree, replayed),
+        faults=tuple(faults),
         notes=tuple(notes),
         limits=tuple(limits),
     )
@@ -186,12 +192,12 @@ def _signed(sums: _Sums, dtype: torch.dtype, notes: list[str]) -> tuple[Tree, Re
             if replayed.accumulator is not None:
                 named = ", ".join(f"{name}={value}" for name, value in probe.wide.items())
                 notes.append(f"found with {named}; the replay confirms it for the plain call")
-                notes += _wider(replayed) + sums.prefixes(tree, replayed)
+                notes += _wider(replayed)
                 return tree, replayed
         sums.extra = {}
     tree = measured(result)
     replayed = replay(tree, sums, n, dtype, result, probe.divided)
-    notes += _wider(replayed) + sums.prefixes(tree, replayed)
+    notes += _wider(replayed)
     return tree, replayed
 
 

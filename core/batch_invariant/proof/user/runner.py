@@ -12,8 +12,8 @@ import torch
 
 from batch_invariant.errors import ConfigurationError
 from batch_invariant.ops.bits import mismatch
-from batch_invariant.proof.record import Recorder
-from batch_invariant.proof.rows import Batch, leaves, plain, readable
+from batch_invariant.proof.user.record import Recorder
+from batch_invariant.proof.user.rows import Batch, leaves, plain, readable
 
 Outputs = dict[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from batch_invariant.order import Tree, fold
-from batch_invariant.proof.masks import Sums
+from batch_invariant.proof.order.masks import Sums
 
 TRIALS = 16
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from batch_invariant.order import Tree
-from batch_invariant.proof.masks import Integers, Sums
-from batch_invariant.proof.unseen import Unseen
+from batch_invariant.proof.order.masks import Integers, Sums
+from batch_invariant.proof.order.unseen import Unseen
 
 Together = Callable[[Integers], NDArray[np.bool_]]
 

@@ -19,9 +19,10 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from batch_invariant.proof.rows import leaves, plain
+import batch_invariant
+from batch_invariant.proof.user.rows import leaves, plain
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = os.path.dirname(os.path.abspath(batch_invariant.__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 # They return memory as it was found: its bits say nothing.

@@ -15,7 +15,7 @@ from batch_invariant.errors import ConfigurationError, OpNotSupported
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.ops.contract import Op
 from batch_invariant.order import digest
-from batch_invariant.proof.fingerprint import (
+from batch_invariant.proof.order.fingerprint import (
     Fingerprint,
     OutOfReach,
     Run,
@@ -57,8 +57,14 @@ class Side:
         ]
 
     def notes(self) -> list[str]:
-        """What was found beside the order."""
-        return list(dict.fromkeys(note for each in self.prints for note in each.notes))
+        """What was found beside the order, faults first."""
+        found = [fault for each in self.prints for fault in each.faults]
+        return list(dict.fromkeys([*found, *(note for each in self.prints for note in each.notes)]))
+
+    @property
+    def faulty(self) -> bool:
+        """Whether rows of one call, or parts of one running sum, are added in different orders."""
+        return any(each.faults for each in self.prints)
 
     def limits(self) -> list[str]:
         """What was not seen."""
@@ -106,8 +112,9 @@ class Orders:
 
     @property
     def ok(self) -> bool:
-        """One order at every size, which gives the bits and is no other than the declared one."""
-        return len(self.here.groups()) == 1 and self.matches is not False and not self.refuted
+        """One order at every size and row, which gives the bits and is the declared one."""
+        one = len(self.here.groups()) == 1 and not self.here.faulty
+        return one and self.matches is not False and not self.refuted
 
     @property
     def verdict(self) -> str:
@@ -119,6 +126,8 @@ class Orders:
         verdict = "the same" if self.matches else "NOT what is found"
         if self.matches and self.refuted:
             verdict = "the same tree, but it does NOT give the bits"
+        elif self.here.faulty:
+            verdict += ", but not everywhere"
         return f"{self.declared_digest}  {self.declared}: {verdict}"
 
     def as_dict(self) -> dict[str, Any]:
