@@ -17,6 +17,9 @@ import pytest
 PLAN: pytest.StashKey[list[Any]] = pytest.StashKey()
 """The checks to be run, for the suite."""
 
+COLLECTED: pytest.StashKey[bool] = pytest.StashKey()
+"""Set where the suite is among what is collected."""
+
 PROPERTY = "batch_invariant_outcome"
 """The name under which a test hands its outcome on, also from the workers of pytest-xdist."""
 
@@ -73,6 +76,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Report(name, Path(report), planned))
 
 
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    if COLLECTED in config.stash and PLAN not in config.stash:
+        raise pytest.UsageError("batch_invariant.conformance needs --bi-backend=NAME")
+
+
 class _Report:
     """Gathers what the tests found, and writes the certificate when they are over."""
 
@@ -93,7 +101,7 @@ class _Report:
         if not hasattr(session.config, "workerinput"):
             from batch_invariant.proof import certificate
 
-            # Deselected by -k, stopped by -x, or ended without a word: no certificate of everything.
+            # Deselected by -k, stopped by -x or broken off: no certificate of everything.
             scope = "full" if len(self._outcomes) == self._planned else "partial"
             made = certificate.make(self._backend, scope, self._outcomes)
             self._path.write_text(certificate.text(made))

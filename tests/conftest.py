@@ -20,6 +20,9 @@ for _name in ("VLLM_BATCH_INVARIANT", "BATCH_INVARIANT_BACKEND"):
 import batch_invariant as bi  # noqa: E402
 from batch_invariant import registry  # noqa: E402
 
+collect_ignore = ["sample_backend"]
+"""A distribution of its own, with its modules where pytest would not import them."""
+
 
 @pytest.fixture(autouse=True)
 def _untouched() -> Iterator[None]:

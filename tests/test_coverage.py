@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 import batch_invariant as bi
 from batch_invariant import coverage, mode
+from batch_invariant.cpu.harmless import HARMLESS
 from batch_invariant.ops.bits import bits
+from batch_invariant.ops.elementwise import ATEN
 
 # Operators of torch 2.13 that 2.11 does not have, so that the test of dead names holds on both.
 SINCE_2_12: frozenset[str] = frozenset()
@@ -23,9 +25,9 @@ def covered() -> set[str]:
 
 
 def test_every_overload_is_covered_or_harmless_or_refused(covered: set[str]) -> None:
-    refused = coverage.refused_overloads(covered)
+    refused = coverage.refused_overloads(covered, here=HARMLESS)
     for name in coverage.aten_overloads():
-        kinds = [name in covered, coverage.harmless(name) is not None, name in refused]
+        kinds = [name in covered, coverage.harmless(name, HARMLESS) is not None, name in refused]
         assert any(kinds), name
         assert not (name in refused and (kinds[0] or kinds[1])), name
     assert len(refused) > 100
@@ -33,6 +35,7 @@ def test_every_overload_is_covered_or_harmless_or_refused(covered: set[str]) -> 
 
 def test_no_name_is_listed_twice_and_none_is_dead() -> None:
     listed = [name for names in coverage._HARMLESS.values() for name in names.split()]
+    listed += HARMLESS
     assert len(listed) == len(set(listed))
     known = {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
     bases = {coverage.base_of(name) for name in known}
@@ -49,7 +52,7 @@ def test_an_operator_nobody_classified_is_refused(covered: set[str]) -> None:
     library.define("bi_test_newcomer(Tensor self) -> Tensor")
     library.impl("bi_test_newcomer", lambda self: self.flip(0), "CompositeExplicitAutograd")
     try:
-        assert "aten::bi_test_newcomer" in coverage.refused_overloads(covered)
+        assert "aten::bi_test_newcomer" in coverage.refused_overloads(covered, here=HARMLESS)
         with bi.enabled(), pytest.raises(bi.UncoveredOpError, match="aten::bi_test_newcomer"):
             torch.ops.aten.bi_test_newcomer(torch.ones(3))
     finally:
@@ -155,7 +158,7 @@ def test_the_probe_finds_stock_torch_varying() -> None:
 
 
 def test_a_reason_for_every_refusal(covered: set[str]) -> None:
-    for name, refusal in coverage.refused_overloads(covered).items():
+    for name, refusal in coverage.refused_overloads(covered, here=HARMLESS).items():
         assert len(refusal.text) > 15, name
 
 
@@ -172,13 +175,38 @@ CALLED_BY_GENERATE = """
 @pytest.mark.parametrize("name", CALLED_BY_GENERATE)
 def test_generation_needs_nothing_that_is_refused(name: str, covered: set[str]) -> None:
     assert torch._C._dispatch_has_kernel(f"aten::{name}")
-    assert coverage.classify(f"aten::{name}", covered).kind != "refused"
+    assert coverage.classify(f"aten::{name}", covered, HARMLESS).kind != "refused"
+
+
+def test_elementwise_operators_are_covered_one_by_one_on_a_cpu(covered: set[str]) -> None:
+    """Where elements are not computed alike everywhere, none of them is left to torch."""
+    for name in coverage.aten_overloads():
+        if coverage.base_of(name) in ATEN:
+            kind = coverage.classify(name, covered, HARMLESS)
+            assert kind.kind != "harmless" or kind.reason == coverage.DECOMPOSES, name
+
+
+def test_a_backend_adds_to_what_is_harmless_and_takes_back() -> None:
+    assert coverage.harmless("aten::kthvalue") is None
+    assert coverage.harmless("aten::kthvalue", HARMLESS) == coverage.SELECTS
+    assert coverage.harmless("aten::sort", {"sort": None}) is None
+    assert coverage.harmless("aten::add.Tensor", {"add.Tensor": None}) is None
+    assert coverage.harmless("aten::add.Scalar", {"add.Tensor": None}) == coverage.EXACT
+
+
+def test_an_operator_with_a_kernel_of_its_own_is_not_made_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "aten::_foreach_powsum.Scalar"
+    assert coverage.harmless(name, key="CPU") == coverage.DECOMPOSES
+    monkeypatch.setattr(coverage, "_registered", lambda key: {name})
+    assert coverage.harmless(name, key="CUDA") is None
 
 
 def test_classify_agrees_with_what_is_refused(covered: set[str]) -> None:
-    refused = coverage.refused_overloads(covered)
+    refused = coverage.refused_overloads(covered, here=HARMLESS)
     for name in coverage.aten_overloads():
-        found = coverage.classify(name, covered)
+        found = coverage.classify(name, covered, HARMLESS)
         assert found.reason
         assert (found.kind == "refused") == (name in refused), name
 
@@ -191,7 +219,7 @@ def test_what_torch_tags_as_a_reduction_is_harmless_only_if_exact(covered: set[s
     for name in coverage.aten_overloads():
         base, _, overload = name.removeprefix("aten::").partition(".")
         op = getattr(getattr(torch.ops.aten, base), overload or "default")
-        found = coverage.classify(name, covered)
+        found = coverage.classify(name, covered, HARMLESS)
         if tag in op.tags and found.kind == "harmless":
             exact = (coverage.COUNTS, coverage.SELECTS, coverage.DECOMPOSES)
             if found.reason not in exact:

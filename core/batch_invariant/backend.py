@@ -108,6 +108,14 @@ class Backend(abc.ABC):
         """
         return {}
 
+    def aten_harmless(self) -> Mapping[str, str | None]:
+        """Aten operators whose own kernels keep the promise on this device, by name, and why.
+
+        Beside those that core calls harmless everywhere; None takes one of those back. A name
+        stands for all its overloads, or for one (`add.Tensor`).
+        """
+        return {}
+
     def gaps(self) -> Sequence[Gap]:
         """What this backend is known not to keep; everything else is checked and must hold."""
         return ()

@@ -8,8 +8,9 @@ of a newer torch, is refused too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +23,8 @@ EXACT = "one correctly rounded operation an element, or none"
 COUNTS = "comparisons, booleans and counts: exact in any order"
 SELECTS = "returns elements of the input: exact"
 RANDOM = "draws from one random stream: a row's draw depends on its place, its result does not"
-IN_ORDER = "adds what meets in one place one after another, in the order of the index"
 WHOLE_BATCH = "reduces over the batch by definition, one after another"
 PARAMETERS = "updates parameters, which have no batch axis"
-SCALAR_LOOP = "one scalar loop computes every element, wherever it stands"
 DECOMPOSES = "is made of operators that are dispatched, and so covered, themselves"
 SYSTEM = "tests of torch itself, checks and messages"
 
@@ -80,23 +79,20 @@ _HARMLESS = {
         relu round rsub sign signbit sub threshold threshold_backward trunc
     """,
     COUNTS: """
-        _int_mm _is_all_true _is_any_true _unique _unique2 all any bincount bucketize count_nonzero
-        eq equal ge gt histc isin isinf isnan isneginf isposinf le logical_and logical_not
-        logical_or logical_xor lt ne searchsorted unique_consecutive unique_dim
-        unique_dim_consecutive
+        _int_mm _is_all_true _is_any_true _unique _unique2 all any bucketize count_nonzero eq equal
+        ge gt histc isin isinf isnan isneginf isposinf le logical_and logical_not logical_or
+        logical_xor lt ne searchsorted unique_consecutive unique_dim unique_dim_consecutive
     """,
     SELECTS: """
         _aminmax _cummax_helper _cummin_helper adaptive_max_pool2d adaptive_max_pool3d amax amin
-        aminmax argmin cummax cummin kthvalue max max_pool2d_with_indices max_pool3d_with_indices
-        median min mode nanmedian sort
+        aminmax argmin cummax cummin max max_pool2d_with_indices max_pool3d_with_indices min sort
     """,
     RANDOM: """
         _sample_dirichlet _standard_gamma bernoulli binomial cauchy exponential geometric log_normal
         multinomial native_dropout normal normal_functional poisson rand rand_like randint
         randint_like randn randn_like random randperm rrelu_with_noise uniform
     """,
-    IN_ORDER: "embedding_dense_backward index_add scatter_add",
-    WHOLE_BATCH: "nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward",
+    WHOLE_BATCH: "nll_loss_forward nll_loss_backward",
     PARAMETERS: """
         _amp_foreach_non_finite_check_and_unscale _amp_update_scale _fused_adagrad _fused_adam
         _fused_adamw _fused_sgd
@@ -121,7 +117,6 @@ _HARMLESS = {
         special_zeta.self_scalar special_zeta.self_scalar_out xlogy.OutScalar_Other
         xlogy.OutScalar_Self xlogy.Scalar_Other xlogy.Scalar_Self xlogy_.Scalar_Other
     """,
-    SCALAR_LOOP: "linalg_cross polar",
     SYSTEM: """
         _assert_async _assert_scalar _assert_tensor_metadata _foobar _functional_assert_async
         _functional_assert_scalar _functional_sym_constrain_range
@@ -206,9 +201,27 @@ def base_of(name: str) -> str:
     return base if base.startswith("__") else base.rstrip("_")
 
 
-def harmless(name: str) -> str | None:
+Here = Mapping[str, "str | None"]
+"""What a backend adds to `HARMLESS` for its device, or takes back with None."""
+_NOTHING: Here = MappingProxyType({})
+
+
+def harmless(name: str, here: Here = _NOTHING, key: str = "CPU") -> str | None:
     """Why an overload may run torch's kernel, or None."""
-    return HARMLESS.get(name.removeprefix("aten::")) or HARMLESS.get(base_of(name))
+    short, base = name.removeprefix("aten::"), base_of(name)
+    for table in (here, HARMLESS):
+        for listed in (short, base):
+            if listed in table:
+                reason = table[listed]
+                # What has a kernel of its own on this device is not made of other operators there.
+                own = reason == DECOMPOSES and name in _registered(key)
+                return None if own else reason
+    return None
+
+
+@functools.cache
+def _registered(key: str) -> frozenset[str]:
+    return frozenset(registered(key))
 
 
 def registered(key: str) -> list[str]:
@@ -258,23 +271,27 @@ class Coverage:
     reason: str
 
 
-def classify(name: str, covered: Collection[str] = ()) -> Coverage:
+def classify(name: str, covered: Collection[str] = (), here: Here = _NOTHING) -> Coverage:
     """The class of one overload; composites are harmless, since their parts are dispatched."""
     if name in covered:
         return Coverage("covered", "an invariant kernel takes its place")
-    if (reason := harmless(name)) is not None:
+    if (reason := harmless(name, here)) is not None:
         return Coverage("harmless", reason)
     if name not in aten_overloads():
         return Coverage("harmless", DECOMPOSES)
     return Coverage("refused", reason_against(name).text)
 
 
-def refused_overloads(covered: Collection[str], key: str = "CPU") -> dict[str, Refusal]:
+def refused_overloads(
+    covered: Collection[str],
+    key: str = "CPU",
+    here: Here = _NOTHING,
+) -> dict[str, Refusal]:
     """The overloads that must raise while the mode is on, given those that are covered."""
     return {
         name: reason_against(name)
         for name in aten_overloads(key)
-        if name not in covered and harmless(name) is None
+        if name not in covered and harmless(name, here, key) is None
     }
 
 

@@ -162,9 +162,10 @@ def _override(
         for table in overrides(device_type, fault)
     )
     covered = {f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
+    harmless = {} if fault else selector.current_backend(device_type).aten_harmless()
     refused = {
         name.removeprefix("aten::"): reason
-        for name, reason in coverage.refused_overloads(covered, key).items()
+        for name, reason in coverage.refused_overloads(covered, key, harmless).items()
         if _runs_on(name.removeprefix("aten::"), key)
     }
     library = torch.library.Library("aten", "IMPL")
@@ -289,7 +290,7 @@ def _variants(name: str, fn: Callable[..., Any]) -> Overrides:
     wanted = _shape_of(own.arguments)
     found: Overrides = {}
     for schema in everything[f"aten::{base}"]:
-        outs = [a for a in schema.arguments if a.is_out]
+        outs = [a for a in schema.arguments if a.is_out and str(a.type) == "Tensor"]
         if outs and _shape_of(a for a in schema.arguments if not a.is_out) == wanted:
             found[f"{base}.{schema.overload_name}"] = _out(fn, [a.name for a in outs])
     for schema in everything.get(f"aten::{base}_", ()):

@@ -107,6 +107,7 @@ def _check(cls: object, name: str, distribution: str) -> None:
         "probe",
         "kernels",
         "aten_overrides",
+        "aten_harmless",
         "gaps",
         "activate",
         "deactivate",

@@ -138,21 +138,33 @@ def _backends(report: dict[str, Any]) -> None:
             "ops": {},
         }
         if available.ok:
-            for op, kernel in registry.load(name).kernels().items():
-                entry["ops"][op] = {
-                    str(dtype).removeprefix("torch."): {
-                        "guarantee": str(kernel.guarantee),
-                        "order": str(kernel.order_of(dtype)),
-                        "portable": dtype in kernel.portable,
-                    }
-                    for dtype in CONTRACTS[op].dtypes
-                    if dtype in kernel.dtypes
-                }
+            try:
+                entry["ops"] = _kernels(registry.load(name))
+            except Exception as error:  # a plugin is wrong; the report is of the others too
+                who = f"{registry.distribution(name)} does not list its kernels"
+                entry.update(ok=False, reason=f"{who}: {type(error).__name__}: {error}")
             entry["missing"] = sorted(set(CONTRACTS) - set(entry["ops"]))
         report["backends"].append(entry)
     report["selected"] = {device: name for name, device in chosen.items()}
     report["ready"] = not problems
     report["next"] += [f"{device}: {problem}" for device, problem in problems.items()]
+
+
+def _kernels(backend: Any) -> dict[str, Any]:
+    from batch_invariant.ops import CONTRACTS
+
+    return {
+        op: {
+            str(dtype).removeprefix("torch."): {
+                "guarantee": str(kernel.guarantee),
+                "order": str(kernel.order_of(dtype)),
+                "portable": dtype in kernel.portable,
+            }
+            for dtype in CONTRACTS[op].dtypes
+            if dtype in kernel.dtypes
+        }
+        for op, kernel in backend.kernels().items()
+    }
 
 
 def _lines(report: dict[str, Any]) -> list[Line]:

@@ -105,9 +105,24 @@ def _lines(
     bad = {outcome.item.subject.op.name for outcome in outcomes if _failed(outcome)}
     gaps = sum(outcome.item.gap is not None for outcome in outcomes)
     compared = sum(outcome.looked_at for outcome in outcomes)
-    last = f"{len(names) - len(bad)} of {len(names)} operators hold, {compared} comparisons"
+    missing = {name for name, dtypes in made["ops"].items() if _missing(dtypes)} - bad
+    held = len(names) - len(bad) - len(missing)
+    last = f"{held} of {len(names)} operators hold"
+    last += f", {len(missing)} are declared missing" if missing else ""
+    last += f", {compared} comparisons"
     lines += ["", f"{last}{f', {gaps} declared gaps' if gaps else ''}. {seconds:.1f} s"]
     return lines
+
+
+def _missing(dtypes: dict[str, Any]) -> bool:
+    """Whether there is no kernel in any dtype, which the backend says."""
+    return all(_gap(found) for dtype, found in dtypes.items() if dtype != "cases")
+
+
+def _gap(found: dict[str, Any]) -> str | None:
+    """Why there is no kernel, if the backend declares it and it is so."""
+    reason: str | None = found.get("gaps", {}).get("kernel")
+    return reason if "kernel" in found.get("broken", {}) else None
 
 
 def _failed(outcome: Any) -> bool:
@@ -115,6 +130,8 @@ def _failed(outcome: Any) -> bool:
 
 
 def _operator(op: str, dtype: str, found: dict[str, Any], varies: list[str]) -> list[Line]:
+    if (reason := _gap(found)) is not None:
+        return [f"  {op:28} {dtype:9} {'-':10} {'-':>6} {'gap':>7}  {'':>6}  {'-':11}  {reason}"]
     broken, gaps = found.get("broken", {}), found.get("gaps", {})
     bad = broken.keys() != gaps.keys()
     order = found.get("text") or found.get("order", "")

@@ -38,6 +38,12 @@ class CpuBackend(Backend):
 
         return {**elementwise.overrides(), **indexing.overrides()}
 
+    def aten_harmless(self) -> Mapping[str, str | None]:
+        """Scatters, selections and losses, which run in order on a CPU."""
+        from batch_invariant.cpu.harmless import HARMLESS
+
+        return HARMLESS
+
 
 @cache
 def _kernels() -> dict[str, Kernel]:

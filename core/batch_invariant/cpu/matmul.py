@@ -20,7 +20,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.matmul import check_addend, check_bmm, check_linear, check_mm
-from batch_invariant.order import Order, reversed_groups, serial, undeclared
+from batch_invariant.order import Order, chunked, lanes, reversed_groups, serial
 from batch_invariant.stock import stock
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -177,7 +177,8 @@ def _linear(
 
 
 _BF16 = {
-    "amx": undeclared("TDPBF16PS tiles: 16 pairs of k in a step, ascending"),
+    # TDPBF16PS adds 16 pairs: the even and the odd terms in two chains, then the two, to the tile.
+    "amx": chunked(32, lanes(2, 32)),
     # VDPBF16PS adds the products of a pair one after the other, the second first.
     "vdpbf16ps": reversed_groups(2),
     "serial": serial(),

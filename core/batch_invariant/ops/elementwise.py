@@ -16,6 +16,31 @@ import torch
 from batch_invariant.ops.contract import FLOATS, Case, Draw, Op
 from batch_invariant.ops.variant import tokens
 
+ATEN = frozenset(
+    """
+    acos acosh addcdiv addcmul angle asin asinh atan atan2 atanh binary_cross_entropy
+    binary_cross_entropy_backward cos cosh digamma elu elu_backward erf erfc erfinv exp exp2 expm1
+    floor_divide fmax fmin fmod frac gelu gelu_backward glu glu_backward hardshrink
+    hardshrink_backward hardsigmoid hardsigmoid_backward hardswish hardswish_backward
+    hardtanh_backward huber_loss huber_loss_backward hypot i0 igamma igammac lerp lgamma log log10
+    log1p log2 log_sigmoid_backward log_sigmoid_forward logaddexp logaddexp2 logit logit_backward
+    maximum minimum mish mish_backward mse_loss mse_loss_backward polygamma pow reciprocal remainder
+    rsqrt sgn sigmoid sigmoid_backward silu silu_backward sin sinc sinh smooth_l1_loss
+    smooth_l1_loss_backward softplus softplus_backward softshrink softshrink_backward
+    special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
+    special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr
+    special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
+    special_modified_bessel_k1 special_ndtri special_scaled_modified_bessel_k0
+    special_scaled_modified_bessel_k1 special_spherical_bessel_j0 special_xlog1py special_zeta sqrt
+    tan tanh tanh_backward xlogy
+    """.split()
+)
+"""Aten operators whose result elements depend on one element of each argument, by name.
+
+Whether their kernels compute an element alike wherever it stands is for each backend to know: they
+are covered by overrides (on CPUs) or declared harmless (where one thread computes one element).
+"""
+
 
 def exp(self: torch.Tensor) -> torch.Tensor:
     """e to the power of every element."""

@@ -279,6 +279,10 @@ def _sum_all(kernel: Any, self: torch.Tensor, *, dtype: Any = None) -> torch.Ten
     return out
 
 
+def _foreach_norm(kernel: Any, self: list[torch.Tensor], ord: Any = 2, dtype: Any = None) -> Any:
+    return [kernel(x, ord, None, False, dtype=dtype) for x in self]
+
+
 def _norm_dims(
     kernel: Any,
     self: torch.Tensor,
@@ -502,6 +506,7 @@ OPS = (
         ),
         aten={
             "linalg_vector_norm": None,
+            "_foreach_norm.Scalar": _foreach_norm,
             "norm.Scalar": _norm_dims,
             "norm.ScalarOpt_dim": _norm_dims,
             "norm.ScalarOpt_dtype": _norm_dims,

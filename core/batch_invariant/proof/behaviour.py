@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from batch_invariant import selector
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.bits import difference, mismatch
 from batch_invariant.ops.contract import Case, Data, Op
+from batch_invariant.proof import restoration
 from batch_invariant.proof.golden import digest
 from batch_invariant.proof.log import Log, shapes
 from batch_invariant.proof.subject import Subject, draw, short
@@ -42,25 +46,52 @@ def declared(subject: Subject, log: Log) -> None:
         kernel.order_of(subject.dtype)
     except KeyError:
         log.broken(f"declares no order of additions for {subject.dtype}")
-    for case in subject.cases():
-        _supports(subject, case, log)
+    with _untouched(subject, log):
+        for case in subject.cases():
+            _supports(subject, case, log, asked=True)
+        if subject.full and op.any_size is not None:
+            largest = largest_sizes(op.any_size)
+            for sizes in (dict.fromkeys(largest, 1), largest):
+                _supports(subject, op.any_size(**sizes), log, asked=False)
 
 
-def _supports(subject: Subject, case: Case, log: Log) -> None:
-    """`supports` and the call itself say the same."""
-    kernel, op = subject.kernel, subject.op
-    assert kernel is not None
-    args = draw(op, case, subject.dtype, Data.NORMAL, _FEW)
-    reason = None
-    if kernel.supports is not None:
-        (reason,) = op.call(lambda *a, **k: (kernel.supports(*a, **k),), subject.native(args))  # type: ignore[misc]
+@contextlib.contextmanager
+def _untouched(subject: Subject, log: Log) -> Iterator[None]:
+    """The calls inside leave the environment, torch's switches and its functions as they are."""
+    if subject.on_torch:
+        selector.kernels(subject.backend.device_type)  # what activating changes is no kernel's deed
+    before = dict(restoration.state())
+    yield
+    touched = ", ".join(restoration.changes(before, dict(restoration.state())))
+    log.compare(touched or None, "the calls changed")
+
+
+def largest_sizes(make: Callable[..., Case]) -> dict[str, int]:
+    """The sizes of `Op.any_size` by name, with the largest to be tried."""
+    return {name: p.default for name, p in inspect.signature(make).parameters.items()}
+
+
+def refusal(subject: Subject, args: Mapping[str, Any]) -> str | None:
+    """Why the kernel says that it will refuse a call; None if it says that it takes it."""
+    supports = subject.kernel.supports if subject.kernel else None
+    if supports is None:
+        return None
+    reason: str | None
+    (reason,) = subject.op.call(lambda *a, **k: (supports(*a, **k),), subject.native(args))
+    return reason
+
+
+def _supports(subject: Subject, case: Case, log: Log, asked: bool) -> None:
+    """`supports` and the call itself say the same. What the contract asks for must be supported."""
+    args = draw(subject.op, case, subject.dtype, Data.NORMAL, _FEW)
+    reason = refusal(subject, args)
     error = raised(subject, args)
     log.looked_at += 1
     if reason is None and error is not None:
         log.broken(f"{shapes(args)} is supported, and raises {_text(error)}", case)
     if reason is not None and error is None:
         log.broken(f"supports says {reason!r} of {shapes(args)}, and the call goes through", case)
-    if reason is not None and error is not None:
+    if reason is not None and error is not None and asked:
         log.broken(f"{shapes(args)} is not supported ({reason}), and no gap is declared", case)
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,29 +45,32 @@ def restoration(name: str, log: Log) -> None:
 def _main(name: str) -> None:
     from batch_invariant import mode, registry, selector
 
-    before = dict(_state())
+    before = dict(state())
     backend = registry.load(name)
     with selector.use_backend(name):
         selector.kernels(backend.device_type)
         with mode.enabled():
             pass
-    after = dict(_state())
-    changed = []
+    found = [
+        f"{change} after the backend was loaded, used and deselected"
+        for change in changes(before, dict(state()))
+    ]
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between two states, in words."""
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
         if not (old is new or (isinstance(old, (str, int, bool)) and old == new)):
-            changed.append(
-                f"{key} was {_text(old)} before the backend was loaded, used and deselected, and "
-                f"is {_text(new)} after"
-            )
-    sys.stdout.write(json.dumps(changed) + "\n")
+            yield f"{key} was {_text(old)} and is {_text(new)}"
 
 
 def _text(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)[:80]
 
 
-def _state() -> Iterator[tuple[str, Any]]:
+def state() -> Iterator[tuple[str, Any]]:
     """What a backend may touch: environment, torch's switches, its functions, overrides."""
     for name, value in os.environ.items():
         yield f"os.environ[{name!r}]", value

@@ -17,8 +17,7 @@ from batch_invariant.ops.matmul import check_linear, check_mm
 from batch_invariant.order import serial
 from batch_invariant_sample.dtypes import DTYPES, check_dtype
 
-
-_BLOCK = 2**15  # outputs worked on at once: they stay in the cache; their bits do not depend on it
+_BLOCK = 2**15  # outputs worked on at once, so that they stay in the cache: no bit depends on it
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
