@@ -8,6 +8,7 @@ NaN, infinities and huge values. Half of the values are drawn over many binades,
 
     python benchmarks/elementwise_variance.py --json docs/benchmarks/elementwise_variance.json
     python benchmarks/elementwise_variance.py --covered     # the same with our overrides in place
+    python benchmarks/elementwise_variance.py --device cuda --dtypes float32,bfloat16,float16
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 N = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+DEVICE = "cpu"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SPECIAL = (
     0.0,
@@ -212,8 +214,8 @@ def draw(call: Call, index: int, dtype: torch.dtype, special: bool) -> torch.Ten
         if call.base in ("binary_cross_entropy", "binary_cross_entropy_backward"):
             x = x.nan_to_num(0.5).clamp(0, 1)
     if dtype.is_complex:
-        return torch.complex(x, x.roll(1)).to(dtype)
-    return x.to(dtype)
+        x = torch.complex(x, x.roll(1))
+    return x.to(dtype).to(DEVICE)
 
 
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -280,8 +282,9 @@ def measure(call: Call, dtype: torch.dtype, special: bool) -> dict[str, int]:
                 differences.add("broadcast", full, slice(70))
     if not special:
         for value in (float("nan"), float("inf"), 1e3, 1e5, 3e30, 0.0):
-            odd = torch.arange(N) % 2 == 1
-            mixed = [torch.where(odd, torch.tensor(value).to(dtype), x) for x in operands]
+            odd = torch.arange(N, device=DEVICE) % 2 == 1
+            other = torch.tensor(value, device=DEVICE).to(dtype)
+            mixed = [torch.where(odd, other, x) for x in operands]
             with contextlib.suppress(RuntimeError):  # some check the range of their input
                 differences.add("neighbour", [out[::2] for out in call(mixed)], slice(0, None, 2))
     for threads in (1, 2):
@@ -294,14 +297,14 @@ def measure(call: Call, dtype: torch.dtype, special: bool) -> dict[str, int]:
     return differences.nonzero()
 
 
-def survey() -> dict[str, Any]:
+def survey(dtypes: list[torch.dtype]) -> dict[str, Any]:
     """Every call in every dtype: `{label: {dtype: {context: elements}}}`, and what cannot run."""
     results: dict[str, dict[str, dict[str, int]]] = {}
     unsupported: dict[str, str] = {}
     for call in calls():
         done = results.setdefault(call.label, {})
         reason = ""
-        for dtype in DTYPES:
+        for dtype in dtypes:
             try:
                 plain, special = (measure(call, dtype, special) for special in (False, True))
             except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -326,7 +329,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write every count to this file")
     parser.add_argument("--covered", action="store_true", help="with the overrides in place")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--dtypes",
+        default=",".join(str(dtype).removeprefix("torch.") for dtype in DTYPES),
+        help="names with commas between; default: all",
+    )
     options = parser.parse_args()
+    if options.covered and options.device != "cpu":
+        parser.error("--covered: the overrides are the CPU's")
+    global DEVICE
+    DEVICE = options.device
     warnings.simplefilter("ignore")
     torch.set_grad_enabled(False)
     library = None
@@ -337,7 +350,7 @@ def main() -> int:
         for name, fn in elementwise.overrides().items():
             library.impl(name, fn, "CPU", with_keyset=True)
     try:
-        found = survey()
+        found = survey([getattr(torch, name) for name in options.dtypes.split(",")])
     finally:
         if library is not None:
             library._destroy()
@@ -355,6 +368,7 @@ def main() -> int:
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "overrides": options.covered,
         "elements": N,
         "varying": varying,

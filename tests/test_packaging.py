@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from hatchling.builders.wheel import WheelBuilder
+
 import batch_invariant as bi
 from batch_invariant.ops import CONTRACTS
 
@@ -28,6 +30,13 @@ def test_every_direct_dependency_is_pinned() -> None:
     for requirement in (*PROJECT["dependencies"], *extras):
         name = re.split(r"[\[<>=]", requirement)[0].lower()
         assert name == PROJECT["name"] or name in PINS, name
+
+
+def test_the_wheel_holds_core_alone() -> None:
+    found = [file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()]
+    assert "batch_invariant/conformance/test_operators.py" in found
+    top = {path.split("/")[0] for path in found}
+    assert top == {"batch_invariant", "batch_invariant_pytest.py"}
 
 
 def test_the_readmes_commands_name_pinned_weights_and_existing_extras() -> None:

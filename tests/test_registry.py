@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 import batch_invariant as bi
 from batch_invariant import registry
+from batch_invariant.backend import Kernel
+from batch_invariant.order import serial
 from plugin_source import PLUGIN, Install
 
 
@@ -62,6 +67,25 @@ def test_an_instance_as_entry_point_is_refused(install: Install) -> None:
     )
     with pytest.raises(bi.InvalidBackend, match="must name the class"):
         bi.use_backend("mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": "serial"}, r"Order of batch_invariant\.order, .*; got 'serial'"),
+        ({"guarantee": "batch"}, "the guarantee of a kernel is a Guarantee; got 'batch'"),
+    ],
+)
+def test_a_kernel_is_declared_in_types(change: dict[str, Any], message: str) -> None:
+    sound = {
+        "fn": torch.mm,
+        "guarantee": bi.Guarantee.BATCH,
+        "dtypes": frozenset((torch.float32,)),
+        "order": serial(),
+    }
+    assert Kernel(**sound).order_of(torch.float32) == serial()
+    with pytest.raises(TypeError, match=message):
+        Kernel(**(sound | change))
 
 
 def test_a_plugin_whose_constructor_fails_is_named(install: Install) -> None:

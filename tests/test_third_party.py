@@ -191,7 +191,7 @@ BREAKS = {
         _only("mean", "bfloat16", "result"),
     ),
     "NaN leak between rows": Break(
-        ("norm.py", "    r = 1 / root\n", "    r = 1 / root + 0 * root.sum()\n"),
+        ("norm.py", " / root  #", " / root + 0 * root.sum()  #"),
         1,
         r"rms_norm float32 T3 neighbours: \[576 weight normal\] .* \(nan\): row 0 changed in "
         r"2880 of 2880 values, the first at \[0, 0\], max \|diff\| inf",
@@ -253,6 +253,13 @@ BREAKS = {
         r"exp float32 kernel: the calls changed: torch\.get_num_threads\(\) was 1 and is 2",
         _only("exp", "float32", "kernel"),
     ),
+    "a kernel that the mode refuses": Break(
+        ("norm.py", 'stock("sqrt")', "torch.sqrt"),
+        1,
+        r"rms_norm float32 dispatch: .* with the mode on, the registered operator at .*: "
+        r"UncoveredOpError: aten::sqrt\(float64\[3\]\) has no batch-invariant kernel",
+        _only("rms_norm", "float32", "dispatch"),
+    ),
     "an order that is not kept": Break(
         ("matmul.py", "order=serial()", "order=fused(4)"),
         1,
@@ -282,6 +289,11 @@ BREAKS = {
         4,
         r"gaps\(\) of the backend 'sample' .* raised ValueError: a gap without a reason",
     ),
+    "a gap that no check meets": Break(
+        (_INIT, 'Gap(dtype=torch.float16, check="kernel"', 'Gap(op="exp", check="golden"'),
+        4,
+        r"sample declares a gap that no check meets: Gap\(.*op='exp', .*'golden'\); remove it",
+    ),
     "a gap in nothing": Break(
         (_INIT, 'Gap(dtype=torch.float16, check="kernel"', 'Gap(check="kernels"'),
         4,
@@ -309,7 +321,7 @@ def test_a_kernel_may_refuse_what_no_case_has_if_it_says_so(venv: Venv, tmp_path
     source = (copy / "reduce.py").read_text()
     said = f'    if self.size(-1) == 1:\n        return "{_LONE}"\n'
     for old, new in (
-        ("    # The dtype of the tensor", said + "    # The dtype of the tensor"),
+        ("    # The tensor's dtype", said + "    # The tensor's dtype"),
         ("    dims = normalize", _ONLY_LONG + "    dims = normalize"),
     ):
         assert source.count(old) == 1
@@ -424,6 +436,24 @@ def _operators() -> set[str]:
     sources = [path.read_text() for path in (SAMPLE / PACKAGE).glob("*.py")]
     tables = [text.split("\nKERNELS = {")[1] for text in sources if "\nKERNELS = {" in text]
     return {name for table in tables for name in re.findall(r'"(\w+)": (?:_k|K)ernel\(', table)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wrong signature of a method",
+        "variant kernel",
+        "NaN leak between rows",
+        "mutated input",
+        "wrong output dtype",
+        "supports says no to what works",
+        "an order that is not kept",
+        "a variable that is not restored",
+    ],
+)
+def test_the_page_quotes_what_is_said(name: str) -> None:
+    page = (SAMPLE.parent.parent / "docs" / "backends.md").read_text()
+    assert re.search(BREAKS[name].message, page)
 
 
 def test_its_versions_are_those_of_core() -> None:

@@ -144,6 +144,13 @@ def plan(
             items += [Item(backend, c, subject, _gap(gaps, subject, c)) for c in checks]
     if full and not ops:
         items.append(Item(backend, "restoration", None, _gap(gaps, None, "restoration")))
+    if full and search and not ops and level is None:
+        met = {id(item.gap) for item in items}
+        for gap in gaps:
+            if id(gap) not in met:
+                raise ConfigurationError(
+                    f"{backend} declares a gap that no check meets: {gap}; remove it"
+                )
     return items
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from batch_invariant import mode
 from batch_invariant.ops.bits import difference
 from batch_invariant.ops.contract import Data
 from batch_invariant.proof.log import Log, shapes
@@ -16,11 +17,23 @@ _FEW = 3
 
 
 def dispatch(subject: Subject, log: Log) -> None:
-    """`torch.ops.batch_invariant.<op>` on the device gives the kernel's bits."""
+    """`torch.ops.batch_invariant.<op>` on the device gives the kernel's bits; so with the mode on.
+
+    With the mode on, what a kernel itself calls of torch is overridden or refused.
+    """
+    op = subject.op
     for case in subject.cases():
-        args = draw(subject.op, case, subject.dtype, Data.CANCELLING, _FEW)
-        found = difference(subject.run(args), _through(subject, subject.op.overload, args))
+        args = draw(op, case, subject.dtype, Data.CANCELLING, _FEW)
+        before = subject.run(args)
+        found = difference(before, _through(subject, op.overload, args))
         log.compare(found, f"the registered operator at {shapes(args)}", case)
+    try:
+        with mode.enabled():
+            after = _through(subject, op.overload, args)
+        found = difference(before, after)
+    except Exception as error:  # whatever the kernel meets there
+        found = f"{type(error).__name__}: {error}"
+    log.compare(found, f"with the mode on, the registered operator at {shapes(args)}", case)
 
 
 def opcheck(subject: Subject, log: Log) -> None:

@@ -1,7 +1,7 @@
 """A complete backend to copy from: a few operators for CPU tensors, in plain torch.
 
-It is slow and says so by its name. Only the entry point in pyproject.toml connects it with
-batch-invariant, which is not changed for it.
+Only the entry point in pyproject.toml connects it with batch-invariant, which is not changed for
+it. It is written to be read, and slow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SWITCH = "BATCH_INVARIANT_SAMPLE"
 
 _WHY = {
     "scaled_dot_product_attention": "not written yet: a chain over the keys would come first",
-    "addmm": "not written yet: linear has what models call, and beta and alpha are not rounded yet",
+    "addmm": "not written yet: models call linear",
     "topk": "torch.topk breaks ties as it likes, and a stable sort is not written yet",
 }
 

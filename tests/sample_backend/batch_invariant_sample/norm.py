@@ -8,6 +8,7 @@ from batch_invariant.backend import Kernel
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.norm import check_rms_norm
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
+from batch_invariant.stock import stock
 from batch_invariant_sample.dtypes import DTYPES, check_dtype
 
 
@@ -28,8 +29,9 @@ def _rms_norm(
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     # The root of an fp32 number, taken in float64 and rounded, is the correctly rounded one. That
     # of torch in fp32 is not always: it differs from machine to machine, and is not portable.
-    root = (lane_sum(head * head) / size + eps).double().sqrt().float()
-    r = 1 / root
+    # While the mode is on, it guards torch.sqrt; `stock` is torch's own kernel all the same.
+    root = stock("sqrt")((lane_sum(head * head) / size + eps).double()).float()
+    r = torch.ones_like(root) / root  # 1 / root would be a reciprocal, which the mode refuses
     out = rows * r[:, None]
     out = out if weight is None else out * weight.float()
     # The second output is the rounded sum with the residual; without one it is empty.

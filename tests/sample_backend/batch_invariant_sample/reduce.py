@@ -16,13 +16,14 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.dims import normalize, reduced_shape, rows_of
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
+from batch_invariant.stock import stock
 from batch_invariant_sample.dtypes import DTYPES, check_dtype, refusal
 
 
 def _supports(
     self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> str | None:
-    # The dtype of the tensor is declared; here is what else a call may ask for.
+    # The tensor's dtype is declared with the kernel; here is what else a call may ask for.
     return None if dtype is None else refusal("a reduction", dtype)
 
 
@@ -42,6 +43,10 @@ def _reduced(
 def _sum(
     self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> torch.Tensor:
+    if not (self.is_floating_point() or self.is_complex() or dtype):
+        # Integers are exact in any order: torch's own kernel, which the mode has overridden.
+        out: torch.Tensor = stock("sum.dim_IntList")(self, dim, keepdim)
+        return out
     return _reduced(self, dim, keepdim, dtype, mean=False)
 
 
