@@ -1,0 +1,99 @@
+"""The CUDA backend of batch-invariant: Triton kernels for NVIDIA GPUs from compute capability 8.0.
+
+Importing it imports neither Triton nor a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from batch_invariant.backend import API_VERSION, Availability, Backend, Gap, Kernel
+
+FAMILIES = (
+    *("matmul", "reduce", "scan", "softmax", "norm"),
+    *("attention", "embedding", "select", "elementwise"),
+)
+"""Modules with a `KERNELS` table, named as in core; one that is missing is a gap."""
+
+OLDEST = (8, 0)
+
+
+class CudaBackend(Backend):
+    """Kernels for CUDA tensors."""
+
+    name = "cuda"
+    device_type = "cuda"
+    api_version = API_VERSION
+
+    def probe(self) -> Availability:
+        """Ok with a GPU of compute capability 8.0 or newer and an installed Triton."""
+        if torch.version.cuda is None:
+            return Availability(
+                False,
+                f"torch {torch.__version__} is built without CUDA",
+                "install a CUDA build of torch (https://pytorch.org/get-started)",
+            )
+        if not torch.cuda.is_available():
+            return Availability(
+                False,
+                "torch finds no CUDA GPU",
+                "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES",
+            )
+        devices = range(torch.cuda.device_count())
+        old = [d for d in devices if torch.cuda.get_device_capability(d) < OLDEST]
+        if old:
+            major, minor = torch.cuda.get_device_capability(old[0])
+            return Availability(
+                False,
+                f"{torch.cuda.get_device_name(old[0])} has compute capability {major}.{minor}; "
+                f"the kernels need {OLDEST[0]}.{OLDEST[1]} (A100) or newer",
+                "hide it with CUDA_VISIBLE_DEVICES, or compute on the CPU",
+            )
+        if find_spec("triton") is None:
+            return Availability(
+                False,
+                "Triton is not installed",
+                "pip install 'batch-invariant-cuda[runtime]'",
+            )
+        return Availability(True)
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The kernels of every family that is there."""
+        return _kernels()
+
+    def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
+        """Scatters that torch does with atomics, and selections between zeros."""
+        from batch_invariant_cuda import scatter, selections
+
+        return {**scatter.overrides(), **selections.overrides()}
+
+    def aten_harmless(self) -> Mapping[str, str | None]:
+        """Elementwise kernels: one thread computes one element."""
+        from batch_invariant_cuda.harmless import HARMLESS
+
+        return HARMLESS
+
+    def gaps(self) -> Sequence[Gap]:
+        """The operators without a kernel."""
+        from batch_invariant.ops import CONTRACTS
+
+        return tuple(
+            Gap(op=name, check="kernel", reason="no kernel for CUDA yet")
+            for name in CONTRACTS
+            if name not in _kernels()
+        )
+
+
+@cache
+def _kernels() -> dict[str, Kernel]:
+    found: dict[str, Kernel] = {}
+    for family in FAMILIES:
+        if find_spec(f"{__name__}.{family}") is not None:
+            found |= import_module(f"{__name__}.{family}").KERNELS
+    return found

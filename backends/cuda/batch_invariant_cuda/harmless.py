@@ -1,0 +1,34 @@
+"""Aten operators whose own CUDA kernels keep the promise, and those of core's list that do not."""
+
+from __future__ import annotations
+
+from batch_invariant.ops.elementwise import ATEN
+
+ALONE = "one thread computes an element from its own operands, wherever it stands"
+IN_ORDER = "sorts by place first, then adds what meets in one place in the order of the index"
+RANDOM = "draws from one random stream: a row's draw depends on its place, its result does not"
+NO_ELEMENT = "state and metadata: no element is computed"
+
+_FOREACH = """
+    abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min copy cos cosh div erf erfc exp
+    expm1 floor frac lerp lgamma log log10 log1p log2 max maximum minimum mul neg pow reciprocal
+    round rsqrt sigmoid sign sin sinh sqrt sub tan tanh trunc zero
+"""
+
+_BY_ATOMICS = """
+    scatter.reduce scatter.reduce_out scatter_.reduce scatter.value_reduce scatter.value_reduce_out
+    scatter_.value_reduce
+"""
+
+HARMLESS: dict[str, str | None] = {
+    **dict.fromkeys(ATEN, ALONE),
+    **{f"_foreach_{name}": ALONE for name in _FOREACH.split()},
+    "_masked_scale": ALONE,
+    "embedding_dense_backward": IN_ORDER,
+    "_fused_dropout": RANDOM,
+    "record_stream": NO_ELEMENT,
+    "_cudnn_init_dropout_state": NO_ELEMENT,
+    # These add with atomics, in the order of timing.
+    **dict.fromkeys(_BY_ATOMICS.split()),
+}
+"""By name, why; None where core calls an operator harmless and this device's kernel is not."""

@@ -1,0 +1,208 @@
+"""The kernels of `norm.py`: whole rows, and segments of rows whose statistics are known."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from batch_invariant_cuda.reduce_ops import RSTD, finished
+from batch_invariant_cuda.row_launch import RowKernel
+from batch_invariant_cuda.rows import (
+    LANES,
+    SEGMENT,
+    SQUARE,
+    SQUARED_DIFFERENCE,
+    VALUE,
+    fold,
+    held_lanes,
+    load_tile,
+    rounded,
+    row_total,
+    store_tile,
+)
+
+_LANES = tl.constexpr(LANES)
+_SEGMENT = tl.constexpr(SEGMENT)
+_DEPTH = tl.constexpr(SEGMENT // LANES)
+
+
+@triton.jit
+def _load_sum(x, residual, at, there, RESIDUAL: tl.constexpr):
+    """Elements of x, or of x + residual, in fp32."""
+    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        v = v + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _affine(
+    v,
+    mean,
+    rstd,
+    weight,
+    bias,
+    first,
+    column,
+    there,
+    spatial,
+    CENTRED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """(v - mean) * rstd * weight + bias; `first` is a group's first channel where GROUPED."""
+    if CENTRED:
+        v = v - mean
+    v = v * rstd
+    at = first + column // spatial if GROUPED else column
+    if WEIGHT:
+        v = v * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    if BIAS:
+        v = v + tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _walked_squares(
+    x, residual, at, columns, n, mean, CENTRED: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """The lanes of squares, or of squared differences, of the first n elements of a row."""
+    lanes = tl.zeros((_LANES,), tl.float32)
+    for begin in tl.range(0, n, _SEGMENT):
+        part = tl.zeros((_LANES,), tl.float32)
+        for t in tl.static_range(_DEPTH):
+            column = begin + t * _LANES + columns
+            v = _load_sum(x, residual, at + column, column < n, RESIDUAL)
+            if CENTRED:
+                v = v - mean
+            part += tl.where(column < n, v * v, 0.0)
+        lanes += part
+    return lanes
+
+
+@triton.jit(do_not_specialize=["n_units", "variance_size", "groups", "spatial", "size", "eps"])
+def _norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    out,
+    total_out,
+    mean_out,
+    rstd_out,
+    n_units,
+    variance_size,
+    groups,
+    spatial,
+    size,
+    eps,
+    CENTRED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    n = n_units * UNIT
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, L)
+    at = row * n
+    first = row % groups * (n // spatial) if GROUPED else row
+    mean = 0.0
+    tiles = ()
+    for t in tl.static_range(T * P):
+        v = load_tile(x + at, columns, n, t, T * P, FULL, 0.0, P).to(tl.float32)
+        if RESIDUAL:
+            v = v + load_tile(residual + at, columns, n, t, T * P, FULL, 0.0, P).to(tl.float32)
+        tiles = tiles + (v,)  # noqa: RUF005
+    if CENTRED:
+        mean = row_total(tiles, x + at, columns, n, mean, P, T, FULL, VALUE)
+        mean = tl.div_rn(mean, size)
+        tl.store(mean_out + row, rounded(mean, tl.float32))
+    if T == 0:
+        lanes = _walked_squares(x, residual, at, columns, variance_size, mean, CENTRED, RESIDUAL)
+    elif PARTIAL:
+        squares = ()
+        for t in tl.static_range(T * P):
+            there = t * L + columns < variance_size
+            squares = squares + (tl.where(there, tiles[t] * tiles[t], 0.0),)  # noqa: RUF005
+        lanes = held_lanes(squares, columns, n, mean, P, T, FULL, VALUE)
+    elif CENTRED:
+        lanes = held_lanes(tiles, columns, n, mean, P, T, FULL, SQUARED_DIFFERENCE)
+    else:
+        lanes = held_lanes(tiles, columns, n, mean, P, T, FULL, SQUARE)
+    total = fold(lanes, VALUE)
+    rstd = finished(total, total, size, eps, RSTD)
+    if CENTRED:
+        tl.store(rstd_out + row, rounded(rstd, tl.float32))
+    for t in tl.static_range(T * P):
+        column = t * L + columns
+        there = column < n
+        if FULL or t < (T - 1) * P:
+            there = column >= 0
+        y = _affine(
+            tiles[t], mean, rstd, weight, bias, first, column, there, spatial,
+            CENTRED, WEIGHT, BIAS, GROUPED,
+        )  # fmt: skip
+        store_tile(out + at, columns, n, y, t, T * P, FULL, False, P)
+        if RESIDUAL:
+            store_tile(total_out + at, columns, n, tiles[t], t, T * P, FULL, False, P)
+    if T == 0:
+        for begin in tl.range(0, n, _SEGMENT):
+            for t in tl.static_range(_DEPTH):
+                column = begin + t * _LANES + columns
+                there = column < n
+                v = _load_sum(x, residual, at + column, there, RESIDUAL)
+                y = _affine(
+                    v, mean, rstd, weight, bias, first, column, there, spatial,
+                    CENTRED, WEIGHT, BIAS, GROUPED,
+                )  # fmt: skip
+                tl.store(out + at + column, rounded(y, out.dtype.element_ty), mask=there)
+                if RESIDUAL:
+                    s = rounded(v, out.dtype.element_ty)
+                    tl.store(total_out + at + column, s, mask=there)
+
+
+@triton.jit(do_not_specialize=["n_units", "count", "groups", "spatial"])
+def _segment_kernel(
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    out,
+    n_units,
+    count,
+    groups,
+    spatial,
+    CENTRED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    task = tl.program_id(0).to(tl.int64)
+    row, segment = task // count, task % count
+    n = n_units * UNIT
+    column = segment * _SEGMENT + tl.arange(0, _SEGMENT)
+    there = column < n
+    first = row % groups * (n // spatial) if GROUPED else row
+    centre = 0.0
+    if CENTRED:
+        centre = tl.load(mean + row)
+    v = tl.load(x + row * n + column, mask=there, other=0.0).to(tl.float32)
+    y = _affine(
+        v, centre, tl.load(rstd + row), weight, bias, first, column, there, spatial,
+        CENTRED, WEIGHT, BIAS, GROUPED,
+    )  # fmt: skip
+    tl.store(out + row * n + column, rounded(y, out.dtype.element_ty), mask=there)
+
+
+norm = RowKernel(_norm_kernel)
+normalize_segments = RowKernel(_segment_kernel)

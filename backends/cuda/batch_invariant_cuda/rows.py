@@ -1,0 +1,326 @@
+"""The order of `batch_invariant.ops.row_order` for Triton kernels: lanes, segments and folds.
+
+Lane i of 1024 adds elements i, i + 1024, ... of a segment of 8192 elements one after another; the
+segments' lanes are added in ascending order; the lanes are folded by halves. A fold is a reduction
+over an axis of two elements, and a + b is b + a, so no layout can change its bits; a reduction over
+a longer axis would leave the order to the compiler.
+
+A row that fits is held in registers, as a tuple of tiles: T terms of each lane, P tiles of L lanes
+for each term. A longer one is walked again for every pass, and T is 0. A row shorter than 1024 has
+the next power of two as its number of lanes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from batch_invariant_cuda.explog import exp, near_exp
+
+LANES = 1024
+SEGMENT = 8192
+_LANES = tl.constexpr(LANES)
+_SEGMENT = tl.constexpr(SEGMENT)
+_DEPTH = tl.constexpr(SEGMENT // LANES)
+
+VALUE = tl.constexpr(0)
+MAGNITUDE = tl.constexpr(1)
+NONZERO = tl.constexpr(2)
+SQUARE = tl.constexpr(3)
+SQUARED_DIFFERENCE = tl.constexpr(4)
+EXPONENTIAL = tl.constexpr(5)
+POSITIVE_EXPONENTIAL = tl.constexpr(6)
+FACTOR = tl.constexpr(7)
+NEAR_EXPONENTIAL = tl.constexpr(8)  # of rows that `is_near` accepts
+
+NEAR = tl.constexpr(60.0)
+
+
+@triton.jit
+def term(x, shift, TERM: tl.constexpr):
+    """What is added up, of elements x, in fp32 and rounded: see the constants above."""
+    v = x.to(tl.float32)
+    if TERM == MAGNITUDE:
+        v = tl.abs(v)
+    elif TERM == NONZERO:
+        v = tl.where(v != 0.0, 1.0, 0.0)
+    elif TERM == SQUARE:
+        v = v * v
+    elif TERM == SQUARED_DIFFERENCE:
+        v = v - shift
+        v = v * v
+    elif TERM == EXPONENTIAL:
+        v = exp(v - shift, True)
+    elif TERM == POSITIVE_EXPONENTIAL:
+        v = exp(v - shift, False)
+    elif TERM == NEAR_EXPONENTIAL:
+        v = near_exp(v - shift)
+    return v
+
+
+@triton.jit
+def _plus(a, b):
+    return a + b
+
+
+@triton.jit
+def _times(a, b):
+    return a * b
+
+
+@triton.jit
+def combine(a, b, TERM: tl.constexpr):
+    """a + b, or a * b where the terms are factors."""
+    if TERM == FACTOR:
+        return a * b
+    else:  # noqa: RET505
+        return a + b
+
+
+@triton.jit
+def fold(v, TERM: tl.constexpr):
+    """Lanes [L] folded by halves to one total; a sum of nothing but -0.0 is +0.0.
+
+    The total is a scalar: with a tensor of one element here, the compiler was seen to give every
+    thread all the lanes, back to the loads.
+    """
+    for _ in tl.static_range(0, 9):
+        if v.shape[0] > 2:
+            halves = tl.reshape(v, (2, v.shape[0] // 2))
+            v = tl.reduce(halves, 0, _times) if TERM == FACTOR else tl.reduce(halves, 0, _plus)
+    if TERM == FACTOR:
+        return tl.reduce(v, 0, _times)
+    else:  # noqa: RET505  (Triton compiles what follows a plain return)
+        return tl.reduce(v, 0, _plus) + 0.0
+
+
+@triton.jit
+def load_tile(
+    x,
+    columns,
+    n,
+    t: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    FILL: tl.constexpr,
+    P: tl.constexpr = 1,
+):
+    """Tile t of T of a row that begins at the pointer x; FILL beyond its end, in the last P."""
+    at = t * columns.shape[0] + columns
+    if FULL or t < T - P:
+        return tl.load(x + at)
+    else:  # noqa: RET505
+        return tl.load(x + at, mask=at < n, other=FILL)
+
+
+@triton.jit
+def load_row(
+    x, columns, n, P: tl.constexpr, T: tl.constexpr, FULL: tl.constexpr, FILL: tl.constexpr
+):
+    """The tiles of a row that is held, as a tuple; empty for one that is walked."""
+    tiles = ()
+    for t in tl.static_range(T * P):
+        tiles = tiles + (load_tile(x, columns, n, t, T * P, FULL, FILL, P),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _held_part(
+    tiles,
+    columns,
+    n,
+    shift,
+    p: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    TERM: tl.constexpr,
+):
+    """The lanes that part p of P of each term adds up."""
+    total = term(tiles[p], shift, TERM)
+    if T == 1 and not FULL:
+        there = p * columns.shape[0] + columns < n
+        total = tl.where(there, total, 1.0 if TERM == FACTOR else 0.0)
+    part = total
+    for t in tl.static_range(1, T):
+        v = term(tiles[t * P + p], shift, TERM)
+        if t == T - 1 and not FULL:
+            there = (t * P + p) * columns.shape[0] + columns < n
+            v = tl.where(there, v, 1.0 if TERM == FACTOR else 0.0)
+        part = v if t % 8 == 0 else combine(part, v, TERM)  # 8 = SEGMENT // LANES
+        if t < 8:
+            total = part
+        elif t % 8 == 7 or t == T - 1:
+            total = combine(total, part, TERM)
+    return total
+
+
+@triton.jit
+def held_lanes(
+    tiles,
+    columns,
+    n,
+    shift,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    TERM: tl.constexpr,
+):
+    """The lanes of a row of T terms of P tiles each, folded to one tile.
+
+    Elements from n on do not count.
+    """
+    lanes = _held_part(tiles, columns, n, shift, 0, P, T, FULL, TERM)
+    if P == 2:
+        second = _held_part(tiles, columns, n, shift, 1, P, T, FULL, TERM)
+        lanes = combine(lanes, second, TERM)
+    elif P == 4:
+        third = _held_part(tiles, columns, n, shift, 2, P, T, FULL, TERM)
+        lanes = combine(lanes, third, TERM)
+        second = _held_part(tiles, columns, n, shift, 1, P, T, FULL, TERM)
+        fourth = _held_part(tiles, columns, n, shift, 3, P, T, FULL, TERM)
+        lanes = combine(lanes, combine(second, fourth, TERM), TERM)
+    return lanes
+
+
+@triton.jit
+def segment_lanes(x, columns, shift, TERM: tl.constexpr):
+    """The lanes [1024] of a whole segment that begins at the pointer x."""
+    part = term(tl.load(x + columns), shift, TERM)
+    for t in tl.static_range(1, _DEPTH):
+        part = combine(part, term(tl.load(x + t * _LANES + columns), shift, TERM), TERM)
+    return part
+
+
+@triton.jit
+def last_lanes(x, columns, left, shift, TERM: tl.constexpr):
+    """The lanes [1024] of a segment of which only the first `left` elements exist."""
+    identity = 1.0 if TERM == FACTOR else 0.0
+    part = tl.full(columns.shape, identity, tl.float32)
+    for t in tl.static_range(0, _DEPTH):
+        there = t * _LANES + columns < left
+        v = term(tl.load(x + t * _LANES + columns, mask=there, other=0.0), shift, TERM)
+        part = combine(part, tl.where(there, v, identity), TERM)
+    return part
+
+
+@triton.jit
+def walked_lanes(x, columns, n, shift, TERM: tl.constexpr):
+    """The lanes [1024] of one row of any length that begins at the pointer x."""
+    total = tl.full(columns.shape, 1.0 if TERM == FACTOR else 0.0, tl.float32)
+    whole = n // _SEGMENT * _SEGMENT
+    for begin in tl.range(0, whole, _SEGMENT):
+        total = combine(total, segment_lanes(x + begin, columns, shift, TERM), TERM)
+    if whole < n:
+        total = combine(total, last_lanes(x + whole, columns, n - whole, shift, TERM), TERM)
+    return total
+
+
+@triton.jit
+def row_total(
+    tiles,
+    x,
+    columns,
+    n,
+    shift,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    TERM: tl.constexpr,
+):
+    """The total of the terms of a row, held or walked, that begins at the pointer x."""
+    if T > 0:
+        lanes = held_lanes(tiles, columns, n, shift, P, T, FULL, TERM)
+    else:
+        lanes = walked_lanes(x, columns, n, shift, TERM)
+    return fold(lanes, TERM)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two numbers; NaN if there is one."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller of two numbers, NaN left out."""
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def is_near(top, bottom):
+    """Whether no difference from the maximum needs the slow parts of exp: no NaN or infinity."""
+    return top - bottom < NEAR
+
+
+@triton.jit
+def row_range(tiles, x, columns, n, P: tl.constexpr, T: tl.constexpr, FULL: tl.constexpr):
+    """The largest number of a row, NaN if there is one, and the smallest.
+
+    Tiles are filled with -inf.
+    """
+    if T > 0:
+        top = tiles[0].to(tl.float32)
+        bottom = top
+        if T == 1 and not FULL:
+            bottom = tl.where(columns < n, bottom, float("inf"))
+        for t in tl.static_range(1, T * P):
+            v = tiles[t].to(tl.float32)
+            top = larger(top, v)
+            if t >= (T - 1) * P and not FULL:
+                v = tl.where(t * columns.shape[0] + columns < n, v, float("inf"))
+            bottom = smaller(bottom, v)
+    else:
+        top = tl.full(columns.shape, float("-inf"), tl.float32)
+        bottom = tl.full(columns.shape, float("inf"), tl.float32)
+        whole = n // _SEGMENT * _SEGMENT
+        for begin in tl.range(0, whole, _SEGMENT):
+            for t in tl.static_range(0, _DEPTH):
+                v = tl.load(x + begin + t * _LANES + columns).to(tl.float32)
+                top = larger(top, v)
+                bottom = smaller(bottom, v)
+        for begin in tl.range(whole, n, _LANES):
+            there = begin + columns < n
+            v = tl.load(x + begin + columns, mask=there, other=float("-inf")).to(tl.float32)
+            top = larger(top, v)
+            bottom = smaller(bottom, tl.where(there, v, float("inf")))
+    return tl.reduce(top, 0, larger), tl.reduce(bottom, 0, smaller)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """fp32 rounded once to a dtype; every NaN becomes the one quiet NaN of the reference."""
+    y = x.to(DTYPE)
+    number = x == x
+    if tl.float32 == DTYPE:
+        bits = tl.where(number, y.to(tl.int32, bitcast=True), 0x7FC00000)
+    elif tl.bfloat16 == DTYPE:
+        bits = tl.where(number, y.to(tl.int16, bitcast=True), 0x7FC0).to(tl.int16)
+    else:
+        bits = tl.where(number, y.to(tl.int16, bitcast=True), 0x7E00).to(tl.int16)
+    return bits.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def store_tile(
+    to,
+    columns,
+    n,
+    y,
+    t: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    P: tl.constexpr = 1,
+):
+    """Stores fp32 results as tile t of T of a row that begins at the pointer `to`.
+
+    NUMBERS: the caller knows that none is NaN.
+    """
+    y = y.to(to.dtype.element_ty) if NUMBERS else rounded(y, to.dtype.element_ty)
+    at = t * columns.shape[0] + columns
+    if FULL or t < T - P:
+        tl.store(to + at, y)
+    else:
+        tl.store(to + at, y, mask=at < n)

@@ -1,0 +1,259 @@
+"""Row operators on a GPU: the very bits of the CPU reference, and rows that ignore their batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from batch_invariant.ops import CONTRACTS
+from batch_invariant.ops.bits import mismatch
+from batch_invariant.ops.contract import FLOATS, Data
+from batch_invariant.proof.invariance import compare
+from batch_invariant.proof.subject import draw
+from batch_invariant.proof.transforms import LEVELS, variants
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no CUDA GPU", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from batch_invariant.cpu import _kernels as cpu_kernels  # noqa: E402
+from batch_invariant_cuda import (  # noqa: E402
+    attention,
+    elementwise,
+    embedding,
+    norm,
+    reduce,
+    row_launch,
+    scan,
+    select,
+    softmax,
+)
+
+FAMILIES = (reduce, softmax, norm, scan, select, embedding, elementwise, attention)
+GPU = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}
+CPU = cpu_kernels()
+LENGTHS = (1, 3, 64, 1023, 1024, 1025, 4096, 8191, 8192, 8193, 14336, 16385, 20011, 151936)
+
+
+def data(kind: str, rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Seeded rows of one kind."""
+    generator = torch.Generator().manual_seed(rows * 1000003 + n)
+    x = torch.randn(rows, n, generator=generator)
+    if kind == "cancelling":
+        scale = torch.exp2(torch.randint(-12, 13, (rows, n), generator=generator).float())
+        x = x * scale
+        x[:, 1::2] = -x[:, : n - n % 2 : 2] if n > 1 else x[:, 1::2]
+        x[:, 0] += 1
+    elif kind == "denormal":
+        x = x * torch.finfo(dtype).smallest_normal / 8
+    elif kind == "special":
+        x[0, n // 2] = math.inf
+        x[-1, n - 1] = math.nan
+        if rows > 2:
+            x[1, 0] = -math.inf
+            x[2] = -0.0
+    return x.to(dtype)
+
+
+KINDS = ("normal", "cancelling", "denormal", "special")
+
+Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], Any]
+CALLS: dict[str, tuple[str, Call]] = {
+    "sum": ("sum", lambda f, x, y, w: f(x, -1)),
+    "sum to fp32": ("sum", lambda f, x, y, w: f(x, -1, dtype=torch.float32)),
+    "mean": ("mean", lambda f, x, y, w: f(x, -1)),
+    "prod": ("prod", lambda f, x, y, w: f(x, -1)),
+    "var": ("var", lambda f, x, y, w: f(x, -1)),
+    "std": ("std", lambda f, x, y, w: f(x, -1, correction=0)),
+    "norm": ("norm", lambda f, x, y, w: f(x, 2, -1)),
+    "norm 1": ("norm", lambda f, x, y, w: f(x, 1, -1)),
+    "norm 0": ("norm", lambda f, x, y, w: f(x, 0, -1)),
+    "norm inf": ("norm", lambda f, x, y, w: f(x, math.inf, -1)),
+    "logsumexp": ("logsumexp", lambda f, x, y, w: f(x, [-1])),
+    "softmax": ("softmax", lambda f, x, y, w: f(x, -1, None)),
+    "log_softmax": ("log_softmax", lambda f, x, y, w: f(x, -1, None)),
+    "log_softmax to fp32": ("log_softmax", lambda f, x, y, w: f(x, -1, torch.float32)),
+    "softmax_backward": ("softmax_backward", lambda f, x, y, w: f(x, y, -1, x.dtype)),
+    "log_softmax_backward": ("log_softmax_backward", lambda f, x, y, w: f(x, y, -1, x.dtype)),
+    "rms_norm": ("rms_norm", lambda f, x, y, w: f(x, w, 1e-6, None, None)),
+    "rms_norm residual": ("rms_norm", lambda f, x, y, w: f(x, None, 1e-6, y, None)),
+    "rms_norm partial": (
+        "rms_norm",
+        lambda f, x, y, w: f(x, w.float(), None, y, max(1, x.size(1) * 5 // 8)),
+    ),
+    "layer_norm": ("layer_norm", lambda f, x, y, w: f(x, [x.size(1)], w, w, 1e-5)),
+    "cumsum": ("cumsum", lambda f, x, y, w: f(x[:, :8193], -1)),
+    "argmax": ("argmax", lambda f, x, y, w: f(x, -1, False)),
+    "topk": ("topk", lambda f, x, y, w: f(x, min(50, x.size(1)), -1, True, True)),
+    "topk smallest": ("topk", lambda f, x, y, w: f(x, min(50, x.size(1)), -1, False, True)),
+}
+
+
+def tensors(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def differing(name: str, call: Call, *args: torch.Tensor) -> list[str]:
+    on_cpu = tensors(call(CPU[name].fn, *args))
+    on_gpu = tensors(call(GPU[name].fn, *(a.cuda() for a in args)))
+    found = [mismatch(a, b.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True)]
+    return [str(m) for m in found if m is not None]
+
+
+@pytest.mark.parametrize("label", CALLS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bits_are_those_of_the_cpu(label: str, dtype: torch.dtype) -> None:
+    name, call = CALLS[label]
+    wrong = []
+    for n in LENGTHS:
+        for rows in (1, 5) if n > 8193 else (1, 5, 300):
+            for kind in KINDS:
+                x, y = data(kind, rows, n, dtype), data("normal", rows, n, dtype)
+                w = data("normal", 1, n, dtype)[0]
+                wrong += [f"{n} x {rows} {kind}: {m}" for m in differing(name, call, x, y, w)]
+    assert not wrong, wrong[:8]
+
+
+@pytest.mark.parametrize("label", ["sum", "var", "softmax", "log_softmax", "rms_norm", "logsumexp"])
+def test_a_row_on_many_programs_has_the_bits_of_one(
+    label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, call = CALLS[label]
+    for n in (8193, 16384, 20011, 700_001):
+        x = data("cancelling", 3, n, torch.float32).cuda()
+        w = data("normal", 1, n, torch.float32)[0].cuda()
+        found = []
+        for split in (False, True):
+            shape = row_launch.Plan(0, 1024, 1, False, 16 if n % 16 == 0 else 1, 8, split)
+            monkeypatch.setattr(row_launch, "plan", lambda *_, shape=shape: shape)
+            found.append(tensors(call(GPU[name].fn, x, x, w))[0])
+        assert mismatch(*found) is None, n
+
+
+def test_another_order_is_seen() -> None:
+    """The control: torch's own sum, in another order, differs on the same data."""
+    x = data("cancelling", 300, 4096, torch.float32)
+    assert mismatch(CPU["sum"].fn(x, -1), x.cuda().sum(-1).cpu()) is not None
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", ["sum", "mean", "var", "norm"])
+def test_any_dimension(name: str, dims: tuple[int, ...]) -> None:
+    for shape in ((2, 37, 40), (1030, 3, 48), (3, 2051, 33), (9001, 1, 64)):
+        x = data("cancelling", 1, math.prod(shape), torch.float32).view(shape)
+        for dtype in FLOATS:
+            v = x.to(dtype)
+            args = (2, dims) if name == "norm" else (dims,)
+            cpu, gpu = CPU[name].fn(v, *args), GPU[name].fn(v.cuda(), *args).cpu()
+            assert mismatch(cpu, gpu) is None, (shape, dtype)
+            strided = v.mT
+            cpu, gpu = CPU[name].fn(strided, *args), GPU[name].fn(strided.cuda().mT.mT, *args).cpu()
+            assert mismatch(cpu, gpu) is None, (shape, dtype, "strided")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_group_norm_and_column_scans(dtype: torch.dtype) -> None:
+    x = data("normal", 6, 12 * 1025, dtype).view(6, 12, 1025)
+    w, b = data("normal", 2, 12, dtype)
+    on_cpu = CPU["group_norm"].fn(x, 4, w, b, 1e-5)
+    on_gpu = GPU["group_norm"].fn(x.cuda(), 4, w.cuda(), b.cuda(), 1e-5)
+    for c, g in zip(on_cpu, on_gpu, strict=True):
+        assert mismatch(c, g.cpu()) is None
+    columns = data("cancelling", 1030, 40, dtype)
+    assert mismatch(CPU["cumsum"].fn(columns, 0), GPU["cumsum"].fn(columns.cuda(), 0).cpu()) is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", sorted(GPU))
+def test_transforms_of_the_batch(name: str, dtype: torch.dtype) -> None:
+    op, kernel = CONTRACTS[name], GPU[name]
+
+    def run(args: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        native = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+        for key, value in args.items():  # keeps a misaligned address misaligned
+            if isinstance(value, torch.Tensor) and value.storage_offset():
+                room = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")
+                native[key] = room.as_strided(value.shape, value.stride(), 1).copy_(value)
+        return tuple(out.cpu() for out in op.call(kernel.fn, native))
+
+    of_a_batch = [name for name, level in LEVELS.items() if level == kernel.guarantee.BATCH]
+    for case in op.cases:
+        axes, out_axes = case.batch_axes or op.batch_axes, case.out_axes or op.out_axes
+        for kind in Data:
+            args = draw(op, case, dtype, kind)
+            base = run(args)
+            for transform in of_a_batch:
+                for variant in variants(op, axes, args, transform):
+                    found = compare(base, run(variant.args), out_axes, variant)
+                    assert found is None, (case.label, transform, variant.label, found)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", sorted(elementwise.KERNELS))
+def test_elements_do_not_know_their_place(name: str, dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(40_003, device="cuda", generator=None)).to(dtype)
+    args = (1.7,) if name == "pow" else ()
+    fn = GPU[name].fn
+    whole = fn(x, *args)
+    for start, stop, step in (
+        (0, 1, 1),
+        (1, 40_003, 1),
+        (3, 70, 1),
+        (40_001, 40_003, 1),
+        (0, 40_003, 7),
+    ):
+        part = slice(start, stop, step)
+        assert mismatch(whole[part], fn(x[part], *args)) is None, part
+
+
+def test_graph_replays_and_streams_agree() -> None:
+    x = torch.randn(2, 151936, device="cuda")
+    fn = GPU["softmax"].fn
+    eager = fn(x, -1, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fn(x, -1, None)
+    graph.replay()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    outs = []
+    for stream in streams * 4:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outs.append(fn(x, -1, None))
+    graph.replay()
+    torch.cuda.synchronize()
+    for out in (captured, *outs):
+        assert mismatch(eager, out) is None
+
+
+@pytest.mark.parametrize("mask", ["", "bool", "additive", "causal"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attention_has_the_bits_of_the_cpu(dtype: torch.dtype, mask: str) -> None:
+    name = "scaled_dot_product_attention"
+    generator = torch.Generator().manual_seed(3)
+    for heads, kv_heads, rows, keys, size in (
+        (4, 2, 1, 1029, 64), (2, 2, 17, 33, 40), (8, 1, 40, 40, 128), (2, 1, 5, 257, 256),
+    ):  # fmt: skip
+        q = torch.randn(2, heads, rows, size, generator=generator).to(dtype)
+        k, v = (torch.randn(2, kv_heads, keys, size, generator=generator).to(dtype) for _ in "kv")
+        attn_mask = None
+        if mask in ("bool", "additive"):
+            keep = torch.rand(2, 1, rows, keys, generator=generator) > 0.3
+            keep[0, 0, 0] = False
+            v[0, 0, 3, 1] = math.inf
+            k[0, 0, 3] = math.nan
+            keep[0, 0, :, 3] = False
+            attn_mask = keep
+            if mask == "additive":
+                attn_mask = torch.zeros(keep.shape).masked_fill(~keep, -math.inf).to(dtype)
+        args = (q, k, v, attn_mask)
+        on_cpu = CPU[name].fn(*args, 0.0, mask == "causal", enable_gqa=heads != kv_heads)
+        gpu = [a if a is None else a.cuda() for a in args]
+        on_gpu = GPU[name].fn(*gpu, 0.0, mask == "causal", enable_gqa=heads != kv_heads)
+        for c, g in zip(on_cpu, on_gpu, strict=True):
+            assert (found := mismatch(c, g.cpu())) is None, (heads, rows, keys, size, str(found))

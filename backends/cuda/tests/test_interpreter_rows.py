@@ -1,0 +1,123 @@
+"""Row kernels in Triton's interpreter, on a CPU: indexing, masks and the fixed order.
+
+An interpreter tests wiring. It emulates FMA, exp and division, so bits are compared only where a
+kernel adds, subtracts and multiplies; the rest is compared loosely here and in bits on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton: pip install 'batch-invariant-cuda[runtime]'")
+
+_PACKAGES = Path(__file__).parents[1]
+
+_PROGRAM = """
+import sys, torch
+from batch_invariant.cpu import _kernels
+from batch_invariant.ops.bits import mismatch
+from batch_invariant_cuda import attention, norm, reduce, row_launch, scan, softmax
+
+cpu = _kernels()
+gpu = {k: v for f in (attention, norm, reduce, scan, softmax) for k, v in f.KERNELS.items()}
+broken = len(sys.argv) > 1
+if broken:  # the control: segments of half the length are another order
+    from batch_invariant_cuda import columns, rows
+    columns._SEGMENT = rows.tl.constexpr(4096)
+    columns._DEPTH = rows.tl.constexpr(4)
+generator = torch.Generator().manual_seed(0)
+failures = []
+
+def draw(*shape):
+    x = torch.randn(shape, generator=generator)
+    scale = torch.randint(-12, 13, shape, generator=generator)
+    return x * torch.exp2(scale.float())
+
+def outputs(name, *args, **kwargs):
+    both = []
+    for table in (cpu, gpu):
+        out = table[name].fn(*args, **kwargs)
+        both.append(out if isinstance(out, tuple) else (out,))
+    return zip(*both, strict=True)
+
+def bits(label, name, *args):
+    for a, b in outputs(name, *args):
+        if (found := mismatch(a, b)) is not None:
+            failures.append(f"{label}: {found}")
+
+def close(label, name, *args, **kwargs):
+    for a, b in outputs(name, *args, **kwargs):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
+            failures.append(label)
+
+real = row_launch.plan.__wrapped__
+def walked(split):
+    return lambda rows, n, *_: row_launch.Plan(0, 1024, 1, False, 1, 8, split)
+
+plans = {
+    "held": real,
+    "held by one warp": lambda rows, n, *how: real(10**6, n, *how),
+    "walked": walked(False), "split": walked(True),
+}
+for how, plan in plans.items():
+    row_launch.plan = plan
+    for n in (1, 65, 1025, 9001) if how != "split" else (9001, 16384):
+        x, y, w = draw(2, n), draw(2, n), draw(n)
+        for name in ("sum", "mean", "prod", "var"):
+            bits(f"{name} {n} {how}", name, x, -1)
+        bits(f"norm {n} {how}", "norm", x, 2, -1)
+        bits(f"sum {n} {how} fp16", "sum", x.clamp(-60, 60).half(), -1)
+        bits(f"rms_norm {n} {how}", "rms_norm", x, w, 1e-6, y, max(1, n // 2))
+        bits(f"layer_norm {n} {how}", "layer_norm", x, [n], w, w, 1e-5)
+        bits(f"softmax_backward {n} {how}", "softmax_backward", x, y, -1, torch.float32)
+        z = x.clamp(-4, 4)
+        close(f"softmax {n} {how}", "softmax", z, -1)
+        close(f"log_softmax {n} {how}", "log_softmax", x, -1)
+        close(f"logsumexp {n} {how}", "logsumexp", x, [-1])
+        close(f"log_softmax_backward {n}", "log_softmax_backward", z, z, -1, torch.float32)
+row_launch.plan = real
+bits("group_norm", "group_norm", draw(2, 6, 40), 3, draw(6), draw(6), 1e-5)
+bits("columns", "sum", draw(9000, 16), 0)
+bits("short columns", "var", draw(2, 37, 20), 1)
+bits("cumsum", "cumsum", draw(3, 70), -1)
+bits("cumsum of columns", "cumsum", draw(70, 33), 0)
+q, k = torch.randn(2, 4, 5, 24, generator=generator), torch.randn(2, 2, 37, 24, generator=generator)
+v = torch.randn(2, 2, 37, 24, generator=generator)
+mask = torch.rand(2, 1, 5, 37, generator=generator) > 0.4
+mask[:, :, :, 3], mask[0, 0, 0] = False, False
+v[0, 0, 3] = float("inf")
+attend = "scaled_dot_product_attention"
+close("attention", attend, q, k, v, mask, 0.0, False, enable_gqa=True)
+close("causal attention", attend, q, k, v[..., :16], None, 0.0, True, enable_gqa=True)
+print("\\n".join(failures))
+"""
+
+
+def _run(*arguments: str) -> list[str]:
+    path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PROGRAM, *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter does not work with NumPy 2.4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split("\n")[:-1]
+
+
+def test_kernels_equal_the_reference_in_the_interpreter() -> None:
+    assert [line for line in _run() if line] == []
+
+
+def test_another_order_is_seen_in_the_interpreter() -> None:
+    found = [line for line in _run("broken") if line]
+    assert found
+    assert all(line.startswith("columns") for line in found)
