@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from batch_invariant.ops.elementwise import ATEN as ELEMENTWISE
+
 VIEW = "a view or metadata: no element is computed"
 FACTORY = "makes a tensor from sizes and numbers"
 COPY = "copies, casts or rearranges elements"
@@ -134,6 +136,10 @@ HARMLESS: dict[str, str] = {
 
 _CONVOLUTION = "a convolution adds in an order that depends on shapes and threads"
 _SEVERAL = "it adds several elements, in an order that torch does not fix"
+_BY_PLACE = (
+    "nobody has checked that this device computes an element alike wherever it stands; its backend "
+    "covers it or calls it harmless"
+)
 _BY_SHAPES = (
     "the order of the products is chosen by all sizes, the batch's too; multiply two at a time"
 )
@@ -260,7 +266,7 @@ def reason_against(name: str) -> Refusal:
     for prefix, reason in _PREFIXES:
         if base.startswith(prefix):
             return Refusal(_REASONS.get(base, reason))
-    return Refusal(_REASONS.get(base, _SEVERAL))
+    return Refusal(_REASONS.get(base, _BY_PLACE if base in ELEMENTWISE else _SEVERAL))
 
 
 @dataclass(frozen=True)
