@@ -1,8 +1,8 @@
 """A whole model on a GPU, eager: are the last logits of row 0 the same at every batch size, and at
 what cost?
 
-HF Qwen3 of 8B widths with 8 layers and random weights, bf16, sdpa; stock torch, then the mode, in one
-process.
+HF Qwen3 of 8B widths with 8 layers and random weights, bf16, sdpa; stock torch, then the mode, in
+one process.
 
     python backends/cuda/benchmarks/model.py --out docs/benchmarks/cuda_model.json
 """
@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import batch_invariant as bi
 import torch
 import triton
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import batch_invariant as bi
 
 TOKENS = (1, 17, 256)
 BATCHES = (1, 2, 3, 8, 32, 64)
