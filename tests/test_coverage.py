@@ -194,13 +194,11 @@ def test_a_backend_adds_to_what_is_harmless_and_takes_back() -> None:
     assert coverage.harmless("aten::add.Scalar", {"add.Tensor": None}) == coverage.EXACT
 
 
-def test_an_operator_with_a_kernel_of_its_own_is_not_made_of_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    name = "aten::_foreach_powsum.Scalar"
-    assert coverage.harmless(name, key="CPU") == coverage.DECOMPOSES
-    monkeypatch.setattr(coverage, "_registered", lambda key: {name})
-    assert coverage.harmless(name, key="CUDA") is None
+def test_what_decomposes_on_a_cpu_is_not_refused_there() -> None:
+    """Registered or not: these call operators that are covered."""
+    with bi.enabled():
+        assert torch.equal(2.0 ** torch.arange(3.0), torch.tensor([1.0, 2.0, 4.0]))
+        assert len(torch._foreach_norm([torch.ones(4), torch.ones(9)])) == 2
 
 
 def test_classify_agrees_with_what_is_refused(covered: set[str]) -> None:

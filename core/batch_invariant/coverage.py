@@ -212,22 +212,14 @@ Here = Mapping[str, "str | None"]
 _NOTHING: Here = MappingProxyType({})
 
 
-def harmless(name: str, here: Here = _NOTHING, key: str = "CPU") -> str | None:
+def harmless(name: str, here: Here = _NOTHING) -> str | None:
     """Why an overload may run torch's kernel, or None."""
     short, base = name.removeprefix("aten::"), base_of(name)
     for table in (here, HARMLESS):
         for listed in (short, base):
             if listed in table:
-                reason = table[listed]
-                # What has a kernel of its own on this device is not made of other operators there.
-                own = reason == DECOMPOSES and name in _registered(key)
-                return None if own else reason
+                return table[listed]
     return None
-
-
-@functools.cache
-def _registered(key: str) -> frozenset[str]:
-    return frozenset(registered(key))
 
 
 def registered(key: str) -> list[str]:
@@ -297,7 +289,7 @@ def refused_overloads(
     return {
         name: reason_against(name)
         for name in aten_overloads(key)
-        if name not in covered and harmless(name, here, key) is None
+        if name not in covered and harmless(name, here) is None
     }
 
 

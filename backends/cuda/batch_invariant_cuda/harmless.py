@@ -30,5 +30,7 @@ HARMLESS: dict[str, str | None] = {
     "_cudnn_init_dropout_state": NO_ELEMENT,
     # These add with atomics, in the order of timing.
     **dict.fromkeys(_BY_ATOMICS.split()),
+    # On a CPU this is made of other operators; here it is a reduction of its own.
+    "_foreach_powsum": None,
 }
 """By name, why; None where core calls an operator harmless and this device's kernel is not."""
