@@ -73,7 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     if report:
         planned = len(config.stash[PLAN])
-        config.pluginmanager.register(_Report(name, Path(report), planned))
+        if not config.getoption("collectonly"):
+            config.pluginmanager.register(_Report(name, Path(report), planned, level))
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:
@@ -84,7 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
 class _Report:
     """Gathers what the tests found, and writes the certificate when they are over."""
 
-    def __init__(self, backend: str, path: Path, planned: int) -> None:
+    def __init__(self, backend: str, path: Path, planned: int, level: str | None) -> None:
+        self._level = level
         self._backend = backend
         self._path = path
         self._planned = planned
@@ -103,5 +105,5 @@ class _Report:
 
             # Deselected by -k, stopped by -x or broken off: no certificate of everything.
             scope = "full" if len(self._outcomes) == self._planned else "partial"
-            made = certificate.make(self._backend, scope, self._outcomes)
+            made = certificate.make(self._backend, scope, self._outcomes, self._level)
             self._path.write_text(certificate.text(made))

@@ -64,8 +64,17 @@ def test_a_named_backend_is_selected() -> None:
     assert done.stdout.strip() == "cpu True", done.stderr
 
 
-def test_on_whichever_is_imported_first() -> None:
-    done = _run(
-        "import batch_invariant as bi, torch; print(bi.is_enabled())", VLLM_BATCH_INVARIANT="1"
-    )
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import batch_invariant as bi, torch",
+        "import batch_invariant as bi",
+        "import batch_invariant as bi; bi.use_backend('cpu')",
+        "import batch_invariant.selector, batch_invariant as bi",
+        "from batch_invariant.proof import checks; import batch_invariant as bi",
+        "import batch_invariant.cli.verify, batch_invariant as bi; bi.mm",
+    ],
+)
+def test_on_whichever_is_imported_first(first: str) -> None:
+    done = _run(f"{first}; print(bi.is_enabled())", VLLM_BATCH_INVARIANT="1")
     assert done.stdout.strip() == "True", done.stderr

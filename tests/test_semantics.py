@@ -1,7 +1,7 @@
 """With the mode on, torch's operators keep torch's semantics: shapes, dtypes, errors, values.
 
 Values are compared loosely here, against stock torch on the same inputs: what is tested is that
-the override computes the same function. Bits are tested in test_invariance.
+the override computes the same function. Bits are tested by the conformance suite.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from batch_invariant import env
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -79,9 +81,12 @@ def __dir__() -> list[str]:
 
 def _autoload() -> None:
     """Entry point of torch's backend autoloading: turns the mode on if the environment asks."""
-    from batch_invariant import env
-
     if not env.mode_off():
         from batch_invariant.mode import enable_from_environment
 
         enable_from_environment()
+
+
+if not env.mode_off():
+    # Importing torch turns the mode on, which imports this package: so torch comes first, whole.
+    importlib.import_module("torch")

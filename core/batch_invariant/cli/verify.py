@@ -48,11 +48,15 @@ def run(args: argparse.Namespace) -> int:
         old = certificate.read(args.against) if args.against else None
         backend = args.backend or selector.current_backend("cpu").name
         items = checks.plan(backend, args.op, full=args.full)
+        if old and old["scope"] == "partial":
+            raise ConfigurationError(f"{args.against} is of a run that was broken off or cut down")
         if old and old["scope"] != scope:
             raise ConfigurationError(
                 f"{args.against} is a {old['scope']} certificate, and this run is {scope}; "
                 f"run with{'out' if args.full else ''} --full"
             )
+        if args.report and not args.report.absolute().parent.is_dir():
+            raise ConfigurationError(f"--report {args.report}: there is no such folder")
     except (ConfigurationError, UnknownBackend) as error:
         sys.stderr.write(f"bi verify: {error}\n")
         return 2
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"bi verify: {error}\n")
         return 1
     outcomes = []
-    varies: dict[str, list[str]] = {}
+    varies: dict[str, list[str] | None] = {}
     with progress(len(items), plain=False) as step:
         for item in items:
             step(item.label, 0)
@@ -83,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(
-    made: dict[str, Any], outcomes: list[Any], varies: dict[str, list[str]], seconds: float
+    made: dict[str, Any],
+    outcomes: list[Any],
+    varies: dict[str, list[str] | None],
+    seconds: float,
 ) -> list[Line]:
     versions = made["versions"]
     machine = made["machine"]
@@ -97,10 +104,12 @@ def _lines(
     for op, dtypes in made["ops"].items():
         for dtype, found in dtypes.items():
             if dtype != "cases":
-                lines += _operator(op, dtype, found, varies.get(f"{op} {dtype}", []))
-    for check, texts in made.get("whole", {}).get("broken", {}).items():
-        lines.append(_verdict(f"  {check:28}", True))
-        lines += [f"      {text}" for text in texts]
+                lines += _operator(op, dtype, found, varies.get(f"{op} {dtype}"))
+    if whole := made.get("whole"):
+        bad_whole = whole.get("broken", {}).keys() != whole.get("gaps", {}).keys()
+        state = "BREAKS" if bad_whole else "holds"
+        lines.append(_verdict(f"  {', '.join(whole['checks']):28} {state}", bad_whole))
+        lines += _findings(whole)
     names = list(made["ops"])
     bad = {outcome.item.subject.op.name for outcome in outcomes if _failed(outcome)}
     gaps = sum(outcome.item.gap is not None for outcome in outcomes)
@@ -129,19 +138,26 @@ def _failed(outcome: Any) -> bool:
     return outcome.item.subject is not None and not outcome.ok
 
 
-def _operator(op: str, dtype: str, found: dict[str, Any], varies: list[str]) -> list[Line]:
+def _operator(op: str, dtype: str, found: dict[str, Any], varies: list[str] | None) -> list[Line]:
     if (reason := _gap(found)) is not None:
         return [f"  {op:28} {dtype:9} {'-':10} {'-':>6} {'gap':>7}  {'':>6}  {'-':11}  {reason}"]
     broken, gaps = found.get("broken", {}), found.get("gaps", {})
     bad = broken.keys() != gaps.keys()
     order = found.get("text") or found.get("order", "")
-    stock = " ".join(transform.split()[0] for transform in varies) or "same"
+    names = [transform.split()[0] for transform in varies or ()]
+    stock = "-" if varies is None else " ".join(names) or "same"
     line = (
         f"  {op:28} {dtype:9} {found.get('guarantee', '-'):10} {sum(found['checks'].values()):6} "
         f"{'BREAKS' if bad else 'same':>7}  {found.get('ulps', '')!s:>6}  {stock:11}  {order}"
         f"{', portable' if found.get('portable') else ''}"
     )
-    lines: list[Line] = [_verdict(line, bad)]
+    return [_verdict(line, bad), *_findings(found)]
+
+
+def _findings(found: dict[str, Any]) -> list[Line]:
+    """What is broken, and what is a declared gap, a line each."""
+    broken, gaps = found.get("broken", {}), found.get("gaps", {})
+    lines: list[Line] = []
     for check, reason in gaps.items():
         state = "as expected" if check in broken else "HOLDS: the gap is closed, remove it"
         lines.append(f"      {check}: declared gap, {state}: {reason}")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 
-from batch_invariant import selector
 from batch_invariant.conformance.test_operators import as_parameter, conclude
 from batch_invariant.ops.contract import Data, Draw
 from batch_invariant.ops.variant import Variant, take
@@ -20,34 +20,45 @@ from batch_invariant.proof.behaviour import largest_sizes, refusal
 from batch_invariant.proof.invariance import compare
 from batch_invariant.proof.log import shapes
 from batch_invariant.proof.subject import Subject
-from batch_invariant_pytest import PLAN, PROPERTY
+from batch_invariant_pytest import COLLECTED, PLAN, PROPERTY
 
 EXAMPLES = 15
 _ROWS = 24
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    items = metafunc.config.stash.get(PLAN, [])
-    metafunc.parametrize(
-        "item", [as_parameter(item) for item in items if item.check == checks.ANY_SIZE]
-    )
+    metafunc.config.stash[COLLECTED] = True
+    items = [i for i in metafunc.config.stash.get(PLAN, []) if i.check == checks.ANY_SIZE]
+    # Without a parameter pytest would skip the test, which could be read as something left out.
+    metafunc.parametrize("item", [as_parameter(item) for item in items] or [NOTHING])
 
 
-def test_any_size(item: checks.Item, record_property: Callable[[str, object], None]) -> None:
+NOTHING = pytest.param(None, id="nothing to search")
+
+
+def test_any_size(item: checks.Item | None, record_property: Callable[[str, object], None]) -> None:
+    if item is None:
+        return
     subject = item.subject
     assert subject is not None
     breaks: list[str] = []
+    compared: list[int] = []
     try:
-        with selector.use_backend(item.backend):
-            counterexample(subject)
+        with checks.active(item):
+            counterexample(subject, compared)
     except AssertionError as error:
         breaks.append(str(error))
-    record_property(PROPERTY, json.dumps(checks.record(item, EXAMPLES, breaks)))
+    except Unsatisfiable:
+        breaks.append("the kernel supports none of the sizes that were tried")
+    record_property(PROPERTY, json.dumps(checks.record(item, len(compared), breaks)))
     conclude(item, breaks)
 
 
-def counterexample(subject: Subject) -> None:
-    """Raises `AssertionError` with the smallest call in which a row's bits depend on others."""
+def counterexample(subject: Subject, compared: list[int]) -> None:
+    """Raises `AssertionError` with the smallest call in which a row's bits depend on others.
+
+    compared: gets the number of rows of every comparison that is made.
+    """
     make = subject.op.any_size
     assert make is not None
     largest = largest_sizes(make)
@@ -88,6 +99,7 @@ def counterexample(subject: Subject) -> None:
             )
         except Exception as error:  # whatever a kernel raises is what the search found
             found = f"raised {type(error).__name__}: {error}"
+        compared.append(count)
         assert found is None, (
             f"rows {first} to {first + count} of {rows}, {data} data, seed {seed}, {shapes(args)} "
             f"({', '.join(f'{name} {size}' for name, size in sizes.items())}): {found}"

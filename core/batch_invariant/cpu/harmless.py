@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from batch_invariant.coverage import COUNTS, SELECTS, WHOLE_BATCH
-
 IN_ORDER = "adds what meets in one place one after another, in the order of the index"
+WHOLE_BATCH = "reduces over the batch by definition, one after another"
+COUNTS = "counts, or sums with weights, in the order of the input"
+SELECTS = "returns elements of the input: exact"
 SCALAR_LOOP = "one scalar loop computes every element, wherever it stands"
 
 HARMLESS = {

@@ -89,11 +89,11 @@ def _safe_softmax(kernel: Any, self: torch.Tensor, dim: int, dtype: Any = None) 
 
 
 def _softmax_derivative(g: torch.Tensor, y: torch.Tensor, dim: int, dtype: Any) -> torch.Tensor:
-    return ((g - (g * y).sum(dim, keepdim=True)) * y).to(dtype)
+    return ((g - (g * y).sum(dim, keepdim=True)) * y).to(dtype or g.dtype)
 
 
 def _log_softmax_derivative(g: torch.Tensor, y: torch.Tensor, dim: int, dtype: Any) -> torch.Tensor:
-    return (g - y.exp() * g.sum(dim, keepdim=True)).to(dtype)
+    return (g - y.exp() * g.sum(dim, keepdim=True)).to(dtype or g.dtype)
 
 
 def _bound_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
@@ -106,6 +106,20 @@ def _bound_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype, **_: Any) -
 def _bound_log_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
     exact = self.log_softmax(dim)
     return sum_bound(exact.abs() + 1, exact, self.size(dim) + 8, dtype)
+
+
+def _bound_backward(log: bool) -> Callable[..., torch.Tensor]:
+    def bound(
+        grad_output: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype, **_: Any
+    ) -> torch.Tensor:
+        derivative = _log_softmax_derivative if log else _softmax_derivative
+        exact = derivative(grad_output, output, dim, torch.float64)
+        weight = output.exp() if log else output.abs()
+        terms = grad_output.abs() * (1 if log else output.abs())
+        magnitude = grad_output.abs() + weight * terms.sum(dim, keepdim=True)
+        return sum_bound(magnitude, exact, output.size(dim) + 8, dtype)
+
+    return bound
 
 
 def _case(n: int, dtype: torch.dtype | None = None) -> Case:
@@ -185,6 +199,7 @@ OPS = (
         batch_axes={"grad_output": 0, "output": 0},
         schedule=tokens,
         any_size=lambda n=2100: _case_backward(n, False),
+        error_bound=_bound_backward(log=False),
         aten={"_softmax_backward_data": None},
     ),
     Op(
@@ -196,6 +211,7 @@ OPS = (
         batch_axes={"grad_output": 0, "output": 0},
         schedule=tokens,
         any_size=lambda n=2100: _case_backward(n, True),
+        error_bound=_bound_backward(log=True),
         aten={"_log_softmax_backward_data": None},
     ),
 )

@@ -1,4 +1,4 @@
-"""Accuracy against float64, within the contract's bound."""
+"""Accuracy against float64, within the contract's bound; exact where the contract has none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from batch_invariant.ops.contract import Data, Op
+from batch_invariant.ops.bits import mismatch
+from batch_invariant.ops.contract import Case, Data
 from batch_invariant.proof.log import Log
 from batch_invariant.proof.subject import Subject
 
@@ -18,40 +19,72 @@ def accuracy(subject: Subject, log: Log) -> None:
     Measures the largest error on normal data in ulps of the output's dtype, at the size of the
     exact value or, where that is smaller, of the root mean square of all of them: a value close to
     zero that is left of large ones has no smaller unit.
+
+    Further outputs (statistics, log-sum-exps) are checked on normal data, normwise: within
+    (N u32 + 8 eps) max |exact|. An operator without a bound selects or copies: all its outputs are
+    those of the definition, bit for bit.
     """
+    op = subject.op
     for case, data, args in subject.inputs(Data if subject.full else (Data.NORMAL,)):
-        out = subject.run(args)[0]
-        exact, bound = yardstick(subject.op, args, out.dtype)
-        error = (out.double() - exact).abs()
-        # A result beyond the dtype's range is rightly infinite.
-        overflow = exact.abs() > torch.finfo(out.dtype).max
-        wrong = ~(error <= bound) & ~(overflow & out.isinf())
-        found = None
-        if bool(wrong.any()):
-            worst = float((error / bound)[wrong].max())
-            first = [int(i) for i in wrong.nonzero()[0]]
-            found = (
-                f"{int(wrong.sum())} of {out.numel()} values beyond the bound, the first at "
-                f"{first}: {float(out[tuple(first)]):.9g} for {float(exact[tuple(first)]):.9g}, "
-                f"worst {worst:.3g} bounds"
-            )
-        log.compare(found, "against float64", case, data)
+        outputs = subject.run(args)
+        if op.error_bound is None:
+            for which, want in enumerate(op.call(op.reference, args)):
+                found = mismatch(want, outputs[which])
+                log.compare(found, f"output {which} against the definition", case, data)
+            continue
+        wide = _wide(args)
+        exact = op.call(op.reference, wide)
+        bound = op.error_bound(**{**wide, "dtype": outputs[0].dtype})
+        error = (outputs[0].double() - exact[0]).abs()
+        log.compare(_beyond(outputs[0], exact[0], error, bound), "against float64", case, data)
         if data is Data.NORMAL:
-            log.worst("ulps", round(_ulps(error, exact, out.dtype), 3))
+            log.worst("ulps", round(_ulps(error, exact[0], outputs[0].dtype), 3))
+            _others(subject, case, args, outputs[1:], exact[1:], log)
 
 
-def yardstick(
-    op: Op, args: Mapping[str, Any], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract's reference in float64, and the largest error that it allows."""
-    assert op.error_bound is not None
-    wide = {
+def _wide(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         name: value.double()
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
         else (None if isinstance(value, torch.dtype) else value)
         for name, value in args.items()
     }
-    return op.call(op.reference, wide)[0], op.error_bound(**{**wide, "dtype": dtype})
+
+
+def _beyond(
+    out: torch.Tensor, exact: torch.Tensor, error: torch.Tensor, bound: torch.Tensor
+) -> str | None:
+    # A result beyond the dtype's range is rightly infinite.
+    overflow = exact.abs() > torch.finfo(out.dtype).max
+    rightly = overflow & (out.double() == torch.inf * exact.sign())
+    wrong = ~(error <= bound) & ~rightly
+    if not bool(wrong.any()):
+        return None
+    worst = float((error / bound)[wrong].max())
+    first = tuple(int(i) for i in wrong.nonzero()[0])
+    return (
+        f"{int(wrong.sum())} of {out.numel()} values beyond the bound, the first at {list(first)}: "
+        f"{float(out[first]):.9g} for {float(exact[first]):.9g}, worst {worst:.3g} bounds"
+    )
+
+
+def _others(
+    subject: Subject,
+    case: Case,
+    args: Mapping[str, Any],
+    outputs: tuple[torch.Tensor, ...],
+    exact: tuple[torch.Tensor, ...],
+    log: Log,
+) -> None:
+    asked = len(case.out_axes or subject.op.out_axes) - 1
+    sizes = [value.shape for value in args.values() if isinstance(value, torch.Tensor)]
+    longest = max((size for shape in sizes for size in shape), default=1)
+    for which, (out, want) in enumerate(zip(outputs[:asked], exact[:asked], strict=True), 1):
+        unit = longest * 2.0**-24 + 8 * torch.finfo(out.dtype).eps
+        error = float((out.double() - want).abs().nan_to_num(nan=torch.inf).max())
+        allowed = unit * float(want.abs().max())
+        found = None if error <= allowed else f"off by {error:.3g}, and {allowed:.3g} is allowed"
+        log.compare(found, f"output {which} against float64", case, Data.NORMAL)
 
 
 def _ulps(error: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:

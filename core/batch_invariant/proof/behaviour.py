@@ -196,6 +196,12 @@ def bad_input(subject: Subject, log: Log) -> None:
     log.compare(difference(before, subject.run(args)), "a good call after bad ones", case)
 
 
+def has_wrong_calls(subject: Subject) -> bool:
+    """Whether there is anything that the contract refuses; an elementwise function takes all."""
+    args = draw(subject.op, subject.op.cases[0], subject.dtype, Data.NORMAL, _FEW)
+    return next(_wrong_calls(subject, args), None) is not None
+
+
 def _wrong_calls(subject: Subject, args: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Calls that the contract's shape function or definition refuses, or of an undeclared dtype."""
     kernel = subject.kernel

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from batch_invariant import registry
+from batch_invariant.backend import Kernel
 from batch_invariant.errors import ConfigurationError
+from batch_invariant.proof.subject import short
 
 FORMAT = "batch-invariant certificate 1"
 _PACKAGES = ("batch-invariant", "torch", "triton", "jax", "torch-npu")
@@ -28,11 +30,16 @@ def text(made: Mapping[str, Any]) -> str:
     return json.dumps(made, indent=1) + "\n"
 
 
-def make(backend: str, scope: str, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def make(
+    backend: str, scope: str, outcomes: Iterable[Mapping[str, Any]], level: str | None = None
+) -> dict[str, Any]:
     """The certificate of some outcomes.
 
     scope: "full" or "quick": which cases were run; "partial": not all that was planned, so that
         what was left out is not vouched for, and `holds` is false.
+    level: the guarantee up to which was checked, if not up to what each kernel declares.
+
+    What a backend says of torch's own kernels (`aten_harmless`) is listed, and not checked here.
     """
     from batch_invariant.ops import CONTRACTS
 
@@ -53,7 +60,7 @@ def make(backend: str, scope: str, outcomes: Iterable[Mapping[str, Any]]) -> dic
         dtype = getattr(torch, outcome["dtype"])
         found = op.setdefault(outcome["dtype"], {})
         if kernel is not None and dtype in kernel.dtypes:
-            found["guarantee"] = str(kernel.guarantee)
+            found["guarantee"] = level or str(kernel.guarantee)
             found["order"] = str(kernel.order_of(dtype))
             found["portable"] = dtype in kernel.portable
         _add(found, outcome)
@@ -63,11 +70,24 @@ def make(backend: str, scope: str, outcomes: Iterable[Mapping[str, Any]]) -> dic
         "backend": backend,
         "scope": scope,
         "holds": held and bool(ops) and scope != "partial",
+        **({"level": level} if level else {}),
         "machine": machine(chosen.device_type),
         "versions": _versions(registry.distribution(backend)),
         "ops": ops,
+        "unproved": {
+            "aten_harmless": sorted(chosen.aten_harmless()),
+            "dtypes": {
+                name: rest for name in ops if (rest := _unproved(kernels.get(name), ops[name]))
+            },
+        },
         **({"whole": whole} if whole else {}),
     }
+
+
+def _unproved(kernel: Kernel | None, checked: Mapping[str, Any]) -> list[str]:
+    """The dtypes that a kernel declares and that were not checked."""
+    declared = [] if kernel is None else sorted(short(dtype) for dtype in kernel.dtypes)
+    return [dtype for dtype in declared if dtype not in checked]
 
 
 def _add(entry: dict[str, Any], outcome: Mapping[str, Any]) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from batch_invariant import registry, selector
 from batch_invariant.backend import Availability, Backend, Gap, Kernel
@@ -43,14 +46,14 @@ CHECKS: dict[str, tuple[_Run, _Applies]] = {
     "result": (behaviour.result, lambda s: True),
     "repeat": (behaviour.repeat, lambda s: True),
     **{name: _stands(name) for name in LEVELS},
-    "accuracy": (accuracy, lambda s: s.op.error_bound is not None),
+    "accuracy": (accuracy, lambda s: s.contracted),
     "golden": (golden, lambda s: s.kernel is not None and s.dtype in s.kernel.portable),
     "order": (structure, can_be_seen),
-    "bad input": (behaviour.bad_input, lambda s: True),
-    "gradients": (gradients, lambda s: s.full and s.on_torch and has_gradient(s)),
+    "bad input": (behaviour.bad_input, lambda s: s.contracted and behaviour.has_wrong_calls(s)),
+    "gradients": (gradients, lambda s: s.thorough and has_gradient(s)),
     "dispatch": (torch_tools.dispatch, lambda s: s.on_torch),
-    "opcheck": (torch_tools.opcheck, lambda s: s.full and s.on_torch),
-    "compile": (torch_tools.compiled, lambda s: s.full and s.on_torch),
+    "opcheck": (torch_tools.opcheck, lambda s: s.thorough),
+    "compile": (torch_tools.compiled, lambda s: s.thorough),
     "graph replay": (torch_tools.graph_replay, lambda s: s.backend.device_type == "cuda"),
 }
 """By name, what runs and for which subjects with a kernel. "kernel" comes first for every one."""
@@ -129,11 +132,19 @@ def plan(
         raise BackendUnavailable(backend, available.reason, available.remedy)
     table = _asked(chosen, "kernels", Mapping)
     gaps = tuple(_asked(chosen, "gaps", Sequence))
+    for answers, kind in ((table.values(), Kernel), (gaps, Gap)):
+        if strange := [answer for answer in answers if not isinstance(answer, kind)]:
+            raise InvalidBackend(
+                f"the backend {backend!r} ({registry.distribution(backend)}) returned "
+                f"{strange[0]!r}; expected a {kind.__name__}"
+            )
     _known(gaps, table, backend)
     items = []
     for name in wanted:
         op, kernel = CONTRACTS[name], table.get(name)
-        for dtype in op.dtypes:
+        # float64 is no contract's business, but what a kernel declares of it is checked too.
+        beyond = full and kernel is not None and torch.float64 in kernel.dtypes
+        for dtype in (*op.dtypes, *((torch.float64,) if beyond else ())):
             reach = level or (kernel.guarantee if kernel else op.level)
             subject = Subject(chosen, op, dtype, kernel, reach, full)
             checks = ["kernel"]
@@ -158,18 +169,27 @@ def run(item: Item) -> Outcome:
     """Runs one check, with the backend selected; what the kernel raises is a finding."""
     log = Log()
     started = time.perf_counter()
-    if item.subject is None:
-        restoration(item.backend, log)
-    else:
-        check = behaviour.declared if item.check == "kernel" else CHECKS[item.check][0]
-        with selector.use_backend(item.backend):
-            try:
+    try:
+        if item.subject is None:
+            restoration(item.backend, log)
+        else:
+            check = behaviour.declared if item.check == "kernel" else CHECKS[item.check][0]
+            with active(item):
                 check(item.subject, log)
-            except Exception as error:  # whatever a kernel raises is what the check found
-                log.broken(f"raised {type(error).__name__}: {error}")
+    except Exception as error:  # whatever a kernel raises is what the check found
+        log.broken(f"raised {type(error).__name__}: {error}")
     if not log.looked_at and not log.breaks:
         log.broken("the check compared nothing")
     return Outcome(item, log.looked_at, log.breaks, log.figures, time.perf_counter() - started)
+
+
+@contextmanager
+def active(item: Item) -> Iterator[None]:
+    """The item's backend selected and activated, as it is when its operators are called."""
+    assert item.subject is not None
+    with selector.use_backend(item.backend):
+        selector.kernels(item.subject.backend.device_type)
+        yield
 
 
 def record(

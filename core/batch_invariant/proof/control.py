@@ -11,15 +11,15 @@ from batch_invariant.proof.subject import Subject
 from batch_invariant.proof.transforms import LEVELS
 
 
-def stock_varies(subject: Subject) -> list[str]:
+def stock_varies(subject: Subject) -> list[str] | None:
     """The transforms of a batch under which torch's own operator changes bits here.
 
-    Empty where it does not, or where it cannot be called (the mode is on, or the backend does not
-    compute on torch tensors).
+    None where it cannot be called: the mode is on, there is no kernel to compare with, the backend
+    does not compute on torch tensors, or torch has no kernel for this dtype on this device.
     """
     kernel = subject.kernel
     if kernel is None or not subject.on_torch or mode.is_enabled():
-        return []
+        return None
     plain = dataclasses.replace(kernel, fn=subject.op.reference)
     stock = dataclasses.replace(subject, kernel=plain)
     found = []
@@ -30,7 +30,7 @@ def stock_varies(subject: Subject) -> list[str]:
         try:
             invariance(stock, log, transform)
         except (RuntimeError, TypeError):
-            return []  # no kernel of torch for this dtype on this device
+            return None
         if log.breaks:
             found.append(transform)
     return found

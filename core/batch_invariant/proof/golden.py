@@ -13,7 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from batch_invariant import selector
+import torch
+
+from batch_invariant import registry
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.ops.bits import bits
 from batch_invariant.proof.log import Log
@@ -52,11 +54,11 @@ def _kept() -> dict[str, dict[str, dict[str, str]]]:
 
 def main() -> None:
     """Writes the digests of every portable kernel of the CPU backend."""
-    backend = selector.current_backend("cpu")
+    backend = registry.load("cpu")
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for name, kernel in selector.kernels("cpu").items():
+    for name, kernel in backend.kernels().items():
         op = CONTRACTS[name]
-        for dtype in op.dtypes:
+        for dtype in (*op.dtypes, torch.float64):
             if dtype in kernel.portable:
                 subject = Subject(backend, op, dtype, kernel, kernel.guarantee)
                 found.setdefault(name, {})[short(dtype)] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +17,8 @@ from batch_invariant import env
 from batch_invariant.proof.log import Log
 
 _ABSENT = object()
+_ANSWER = "batch_invariant found: "  # a plugin may print as well
+_TIMEOUT = 600  # seconds
 
 _ENVIRONMENT = dict(os.environ)
 """As it was before any plugin was loaded: what one leaves behind in this process must not pass for
@@ -33,29 +37,34 @@ def restoration(name: str, log: Log) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=_TIMEOUT,
     )
     log.looked_at += 1
-    if done.returncode:
+    answers = [line for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
+    if done.returncode or not answers:
         log.broken(f"using the backend in a new process failed: {done.stderr.strip()[-400:]}")
         return
-    for changed in json.loads(done.stdout.splitlines()[-1]):
+    for changed in json.loads(answers[0].removeprefix(_ANSWER)):
         log.broken(changed)
 
 
 def _main(name: str) -> None:
     from batch_invariant import mode, registry, selector
+    from batch_invariant.errors import BatchInvariantError
 
     before = dict(state())
     backend = registry.load(name)
     with selector.use_backend(name):
         selector.kernels(backend.device_type)
-        with mode.enabled():
-            pass
+        with mode.enabled(), contextlib.suppress(BatchInvariantError):
+            one = backend.to_native(torch.ones(2, 3))
+            if isinstance(one, torch.Tensor):
+                one.sum(-1)
     found = [
         f"{change} after the backend was loaded, used and deselected"
         for change in changes(before, dict(state()))
     ]
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(f"\n{_ANSWER}{json.dumps(found)}\n")
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
@@ -84,6 +93,10 @@ def state() -> Iterator[tuple[str, Any]]:
         yield f"dispatcher override {name}", True
 
 
+def _matmul_switch(name: str) -> str:
+    return str(getattr(torch.backends.cuda.matmul, name))
+
+
 _SWITCHES: dict[str, Callable[[], Any]] = {
     "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
     "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision,
@@ -93,8 +106,22 @@ _SWITCHES: dict[str, Callable[[], Any]] = {
     "torch.backends.cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
     "torch.backends.cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
     "torch.backends.cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
-    "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": lambda: str(
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    **{
+        f"torch.backends.cuda.matmul.{name}": functools.partial(_matmul_switch, name)
+        for name in ("allow_bf16_reduced_precision_reduction", "allow_tf32")
+    },
+    **{
+        f"torch.backends.cuda.{name}()": getattr(torch.backends.cuda, name)
+        for name in (
+            *("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled"),
+            "cudnn_sdp_enabled",
+        )
+    },
+    "torch.is_deterministic_algorithms_warn_only_enabled()": (
+        torch.is_deterministic_algorithms_warn_only_enabled
+    ),
+    "torch.utils.deterministic.fill_uninitialized_memory": (
+        lambda: getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)
     ),
 }
 _OWNERS = {

@@ -29,8 +29,11 @@ def structure(subject: Subject, log: Log) -> None:
     log.figures |= {"fingerprint": first.digest, "terms": first.terms, "text": first.text}
     for found in prints:
         what = f"{found.terms} additions with {found.rows} rows"
-        same = found.bits == first.bits
-        log.compare(None if same else f"{_text(found)}, and {_text(first)} with 1", f"{what} are")
+        if found is not first:
+            same = found.bits == first.bits
+            log.compare(
+                None if same else f"{_text(found)}, and {_text(first)} with 1", f"{what} are"
+            )
         for fault in found.faults:
             log.broken(f"{what}: {fault}")
         if found.replay is not None and found.replay.refuted:

@@ -40,6 +40,16 @@ class Subject:
         return f"{self.op.name} {short(self.dtype)}"
 
     @property
+    def contracted(self) -> bool:
+        """Whether the dtype is the contract's, with bounds and cases made for it."""
+        return self.dtype in self.op.dtypes
+
+    @property
+    def thorough(self) -> bool:
+        """Whether the checks that take long and need torch tensors apply."""
+        return self.full and self.contracted and self.on_torch
+
+    @property
     def on_torch(self) -> bool:
         """Whether the backend computes on torch tensors, so that torch's own tools apply."""
         return isinstance(self.backend.to_native(torch.zeros(1)), torch.Tensor)

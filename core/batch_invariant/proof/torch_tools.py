@@ -27,13 +27,13 @@ def dispatch(subject: Subject, log: Log) -> None:
         before = subject.run(args)
         found = difference(before, _through(subject, op.overload, args))
         log.compare(found, f"the registered operator at {shapes(args)}", case)
-    try:
-        with mode.enabled():
-            after = _through(subject, op.overload, args)
-        found = difference(before, after)
-    except Exception as error:  # whatever the kernel meets there
-        found = f"{type(error).__name__}: {error}"
-    log.compare(found, f"with the mode on, the registered operator at {shapes(args)}", case)
+        try:
+            with mode.enabled():
+                after = _through(subject, op.overload, args)
+            found = difference(before, after)
+        except Exception as error:  # whatever the kernel meets there
+            found = f"{type(error).__name__}: {error}"
+        log.compare(found, f"with the mode on, the registered operator at {shapes(args)}", case)
 
 
 def opcheck(subject: Subject, log: Log) -> None:

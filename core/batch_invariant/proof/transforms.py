@@ -137,6 +137,11 @@ def _replaced(
         out.index_copy_(axis, index, fill(out.index_select(axis, index), generator))
     elif value.dtype == torch.bool:
         out.index_fill_(axis, index, True)
+    elif fill is _random:
+        most = int(value.max()) + 1 if value.numel() else 1
+        shape = out.index_select(axis, index).shape
+        drawn = torch.randint(0, most, shape, generator=generator, dtype=value.dtype)
+        out.index_copy_(axis, index, drawn)
     else:
         out.index_fill_(axis, index, 0)
     return out

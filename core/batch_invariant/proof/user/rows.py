@@ -74,6 +74,9 @@ class Batch:
                 return dict(zip(value, parts, strict=True))
             if hasattr(value, "_fields"):
                 return type(value)(*parts)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                names = [field.name for field in dataclasses.fields(value)]
+                return dataclasses.replace(value, **dict(zip(names, parts, strict=True)))
             return type(value)(parts)
 
         if isinstance(self.args, dict):
