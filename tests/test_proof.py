@@ -13,7 +13,6 @@ import torch
 from batch_invariant import registry, selector
 from batch_invariant.backend import Gap
 from batch_invariant.conformance.test_any_size import EXAMPLES, counterexample
-from batch_invariant.cpu import CpuBackend
 from batch_invariant.errors import ConfigurationError
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops import CONTRACTS
