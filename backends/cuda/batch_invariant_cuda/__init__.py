@@ -5,15 +5,17 @@ Importing it imports neither Triton nor a kernel.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from batch_invariant.backend import API_VERSION, Availability, Backend, Gap, Kernel
+from batch_invariant.errors import BackendUnavailable
 
 FAMILIES = (
     *("matmul", "reduce", "scan", "softmax", "norm"),
@@ -22,6 +24,8 @@ FAMILIES = (
 """Modules with a `KERNELS` table, named as in core; one that is missing is a gap."""
 
 OLDEST = (8, 0)
+OLDEST_TRITON = (3, 6)
+_REMEDY = "pip install 'batch-invariant-cuda[runtime]'"
 
 
 class CudaBackend(Backend):
@@ -56,15 +60,19 @@ class CudaBackend(Backend):
                 "hide it with CUDA_VISIBLE_DEVICES, or compute on the CPU",
             )
         if find_spec("triton") is None:
+            return Availability(False, "Triton is not installed", _REMEDY)
+        version = _triton_version()
+        if version is None:
+            return Availability(False, "the installed Triton does not tell its version", _REMEDY)
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+            needed = ".".join(map(str, OLDEST_TRITON))
             return Availability(
-                False,
-                "Triton is not installed",
-                "pip install 'batch-invariant-cuda[runtime]'",
+                False, f"Triton {version} is installed; the kernels need {needed} or newer", _REMEDY
             )
         return Availability(True)
 
     def kernels(self) -> Mapping[str, Kernel]:
-        """The kernels of every family that is there."""
+        """The kernels of every family that is there; BackendUnavailable without Triton."""
         return _kernels()
 
     def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
@@ -90,10 +98,24 @@ class CudaBackend(Backend):
         )
 
 
+def _triton_version() -> str | None:
+    """By the package's metadata, which imports nothing."""
+    for name in ("triton", "pytorch-triton"):  # the second comes with nightly builds of torch
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 @cache
 def _kernels() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     for family in FAMILIES:
         if find_spec(f"{__name__}.{family}") is not None:
-            found |= import_module(f"{__name__}.{family}").KERNELS
+            try:
+                found |= import_module(f"{__name__}.{family}").KERNELS
+            except ImportError as error:
+                reason = f"its kernels cannot be imported: {error}"
+                raise BackendUnavailable("cuda", reason, _REMEDY) from error
     return found

@@ -8,6 +8,7 @@ neither on the tile, nor on how many rows are computed together, nor on padding.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from batch_invariant.ops.contract import FLOATS
 from batch_invariant.order import serial
 from batch_invariant_cuda.explog import exp, log
 from batch_invariant_cuda.row_launch import RowKernel
-from batch_invariant_cuda.rows import rounded
+from batch_invariant_cuda.rows import larger, rounded
 
 _NO_MASK = tl.constexpr(0)
 _BOOL_MASK = tl.constexpr(1)
@@ -108,7 +109,7 @@ def _attention_kernel(
             tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
             scale, D, MASK, CAUSAL,
         )  # fmt: skip
-        top = tl.maximum(top, tl.max(s, 1))
+        top = larger(top, tl.reduce(s, 1, larger))  # one NaN makes the row NaN
     total = tl.zeros((BM, 16), tl.float32)
     acc = tl.zeros((BM, DV), tl.float32)
     ones = tl.full((BN, 16), 1.0, tl.float32)
@@ -118,7 +119,8 @@ def _attention_kernel(
             tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
             scale, D, MASK, CAUSAL,
         )  # fmt: skip
-        # A key that takes no part weighs -0.0, which changes no chain of finite values.
+        # A key that takes no part weighs -0.0, which changes no chain of finite values. The CPU
+        # reference, too, leaves out a key whose score overflowed to -inf.
         absent = s == float("-inf")
         p = tl.where(absent, -0.0, exp(s - top[:, None], True))
         total = tl.dot(p, ones, total, input_precision="ieee")
@@ -141,8 +143,11 @@ def _attention_kernel(
                     tl.broadcast_to(value.to(tl.float32)[None, :], (BM, DV)),
                     acc,
                 )
-                acc = tl.where(skipped[:, None] != 0, acc, more)
-    whole = tl.max(total, 1)
+                if CAUSAL or MASK != _NO_MASK:
+                    acc = tl.where(skipped[:, None] != 0, acc, more)
+                else:
+                    acc = more
+    whole = tl.reduce(total, 1, larger)  # its columns are equal
     none = top == float("-inf")
     divisor = tl.broadcast_to(tl.where(none, 1.0, whole)[:, None], (BM, DV))
     y = tl.where(none[:, None], 0.0, tl.div_rn(acc, divisor) + 0.0)
@@ -165,6 +170,21 @@ def _four(x: torch.Tensor) -> torch.Tensor:
     return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
 
 
+def _refusal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> str | None:
+    """Why these kernels refuse a call; None if they do not."""
+    if query.dtype not in FLOATS:
+        return (
+            f"attention on CUDA takes float32, bfloat16 and float16; got {query.dtype}; "
+            "cast to float32, or compute on the CPU"
+        )
+    widest = max(query.size(-1), value.size(-1))
+    if widest > _WIDEST:
+        return f"attention on CUDA takes head sizes up to {_WIDEST}; got {widest}"
+    return None
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -177,14 +197,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    widest = max(query.size(-1), value.size(-1))
-    if query.dtype not in FLOATS:
-        raise OpNotSupported(
-            f"attention on CUDA takes float32, bfloat16 and float16; got {query.dtype}; "
-            "cast to float32, or compute on the CPU"
-        )
-    if widest > _WIDEST:
-        raise OpNotSupported(f"attention on CUDA takes head sizes up to {_WIDEST}; got {widest}")
+    if (reason := _refusal(query, key, value)) is not None:
+        raise OpNotSupported(reason)
     batches = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
     lead = tuple(query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*batches))
     four = []
@@ -231,5 +245,6 @@ KERNELS = {
         dtypes=frozenset(FLOATS),
         order=serial(),
         portable=frozenset(FLOATS),
+        supports=_refusal,
     )
 }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from batch_invariant_cuda.reduce_ops import finished, first_term, last_term, needs_mean
-from batch_invariant_cuda.row_launch import RowKernel
+from batch_invariant_cuda.row_launch import RowKernel, unit_of
 from batch_invariant_cuda.rows import FACTOR, LANES, SEGMENT, combine, rounded, term
 
 _LANES = tl.constexpr(LANES)
@@ -105,7 +105,7 @@ def reduce_columns(
     out = torch.empty(outer * inner, dtype=out_dtype, device=x.device)
     lanes = min(LANES, triton.next_power_of_2(n))
     width = 32 if lanes < LANES else 16
-    unit = 16 if inner % 16 == 0 else 1
+    unit = unit_of(inner)
     _columns(
         outer * -(-inner // width),
         (x, out),

@@ -31,7 +31,8 @@ DTYPES = (*FLOATS, torch.float64)
 PROVED = (9, 0)
 """The compute capability on which the matrix units were seen to give one result in all schedules.
 
-Elsewhere bf16 and fp16 keep to one schedule, unless a table was admitted on that GPU.
+It stands for every GPU that has it; the one that was tested is an H200. Elsewhere bf16 and fp16
+keep to one schedule, unless a table was admitted on that GPU.
 """
 
 _plans: dict[Any, Plan] = {}
@@ -39,10 +40,13 @@ _PLANS_KEPT = 8192
 
 
 def _key(call: str, a: torch.Tensor, b: torch.Tensor) -> tuple[Any, ...]:
-    """All that a plan depends on, for two operands; what was checked once holds for the key."""
+    """All that a plan depends on, for two operands; what was checked once holds for the key.
+
+    Each address by itself: a kernel is compiled for those of its pointers that are aligned.
+    """
     return (
         *(call, a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype),
-        *(a.get_device(), b.get_device(), (a.data_ptr() | b.data_ptr()) & 15),
+        *(a.get_device(), b.get_device(), a.data_ptr() & 15, b.data_ptr() & 15),
     )
 
 
@@ -77,7 +81,7 @@ def product(
 
 
 def _first(
-    key: tuple[Any, ...] | None,
+    key: tuple[Any, ...],
     a: torch.Tensor,
     b: torch.Tensor,
     addend: torch.Tensor | None,
@@ -85,7 +89,7 @@ def _first(
     beta: float,
     shape: tuple[int, ...] | None,
 ) -> torch.Tensor:
-    """A call of a kind that was not seen before: makes its plan, kept under the key if any.
+    """A call of a kind that was not seen before: makes its plan, and keeps it under the key.
 
     shape: the result's, where it is not [M, N] or [B, M, N].
     """
@@ -107,10 +111,9 @@ def _first(
         return a.new_empty(shape)
     with torch.cuda.device(a.device):
         plan = _plan(p, a, b, addend, shape)
-    if key is not None:
-        if len(_plans) >= _PLANS_KEPT:
-            _plans.clear()
-        _plans[key] = plan
+    if len(_plans) >= _PLANS_KEPT:
+        _plans.clear()
+    _plans[key] = plan
     return plan(a, b, addend, alpha, beta)
 
 
@@ -257,9 +260,10 @@ def _linear(
     rows = input.reshape(input.shape[:-1].numel(), input.size(-1))
     addend = None if bias is None else bias.expand(rows.size(0), matrix.size(0))
     shape = (*input.shape[:-1], *weight.shape[:-1])
-    # A plan takes addresses: one whose input had to be copied into rows cannot be used again.
-    kept = key if rows.data_ptr() == input.data_ptr() else None
-    return _first(kept, rows, matrix.t(), addend, 1.0, 1.0, shape)
+    if rows.data_ptr() != input.data_ptr():
+        # A plan takes addresses: one for an input that is copied into rows belongs to the copy.
+        return product(rows, matrix.t(), addend).view(shape)
+    return _first(key, rows, matrix.t(), addend, 1.0, 1.0, shape)
 
 
 class _Order(Mapping[torch.dtype, Order]):

@@ -71,6 +71,10 @@ class Problem:
     def wide_addend(self) -> bool:
         return self.addend is not None and self._last(self.addend, self.m, self.n) > _LIMIT
 
+    @property
+    def wide_result(self) -> bool:
+        return self.batch * (self.m + 512) * (self.n + 512) > _LIMIT
+
     def _last(self, strides: tuple[int, int, int], rows: int, columns: int) -> int:
         return (
             (self.batch - 1) * abs(strides[0])
@@ -84,9 +88,9 @@ class Problem:
             max(
                 self._last(self.a, self.m, self.k),
                 self._last(self.b, self.k, self.n),
-                self.batch * (self.m + 512) * (self.n + 512),
             )
             > _LIMIT
+            or self.wide_result
             or self.wide_addend
         )
 
@@ -102,6 +106,8 @@ class Problem:
             return "chunks of a batch, or of a huge product, are not split"
         if s.swap and s.kernel == "tma" and (s.persistent or (self.chunk and not s.split)):
             return "swapped operands by bulk copies need one program for each tile and chunk"
+        if s.swap and s.kernel == "tma" and self.wide_result:
+            return "swapped operands by bulk copies store at offsets of 32 bits"
         if self.chunk % s.bk:
             return f"a depth of {s.bk} does not divide the chunk, {self.chunk}"
         return None

@@ -43,10 +43,16 @@ class RowKernel:
         """Starts `programs` programs on the current stream of the first tensor's device."""
         if programs == 0:
             return
+        first: torch.Tensor = tensors[0]  # type: ignore[assignment]
+        device = first.get_device()
+        for t in tensors:
+            if t is not None and t.get_device() != device:
+                raise RuntimeError(
+                    f"expected all tensors on one device, found {first.device} and {t.device}"
+                )
         if not self._direct:
             self._fn[(programs,)](*tensors, *numbers, *static)
             return
-        device = tensors[0].device.index  # type: ignore[union-attr]
         if device == torch._C._cuda_getDevice():
             self._launch(device, programs, tensors, numbers, static, warps)
         else:
@@ -87,8 +93,7 @@ class Plan:
 
     tiles: terms of a lane that are held in registers; 0 for rows that are walked.
     width, parts: lanes of a tile, and tiles that make up the lanes.
-    full: no tile reaches beyond the row's end. unit: 16 if the length is a multiple of it, so that
-    the compiler may use wide loads, else 1.
+    full: no tile reaches beyond the row's end. unit: see `unit_of`.
     split: segments of a row are spread over programs.
     """
 
@@ -110,6 +115,14 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def unit_of(n: int) -> int:
+    """16 if a length is a multiple of it, so that the compiler may use wide loads, else 1.
+
+    A kernel gets n // unit and multiplies again: 1 from 2^31 on, where n must arrive in 64 bits.
+    """
+    return 16 if n % 16 == 0 and n < _INT32 else 1
+
+
 @cache
 def plan(rows: int, n: int, processors: int, single_pass: bool) -> Plan:
     """The plan for `rows` rows of n elements; single_pass: each element is used once.
@@ -117,7 +130,7 @@ def plan(rows: int, n: int, processors: int, single_pass: bool) -> Plan:
     Of many short rows each has one warp, which folds without shared memory; the fewer the rows,
     the more warps share one. What is kept for a second pass needs registers, so more warps.
     """
-    unit = 16 if n % 16 == 0 else 1
+    unit = unit_of(n)
     terms = -(-n // LANES)
     if terms > HELD:
         return Plan(0, LANES, 1, False, unit, 8, rows < 2 * processors and n > SEGMENT)

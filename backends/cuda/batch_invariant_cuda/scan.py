@@ -24,12 +24,13 @@ from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import rounded
 
 
-@triton.jit(do_not_specialize=["outer", "n", "inner", "step", "apart"])
-def _cumsum_kernel(x, out, outer, n, inner, step, apart, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    # Chain c = o * inner + i begins at o * n * inner + i * apart; its elements are `step` apart.
+@triton.jit(do_not_specialize=["outer", "n", "inner"])
+def _cumsum_kernel(x, out, outer, n, inner, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    # Chain c = o * inner + i begins at o * n * inner + i; its elements are `inner` apart.
+    step = inner.to(tl.int64)
     chain = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = chain < outer * inner
-    at = chain // inner * n * inner + chain % inner * apart
+    there = chain < outer * step
+    at = chain // step * n * step + chain % step
     total = tl.zeros((BLOCK,), tl.float32)
     whole = n // DEPTH * DEPTH
     for begin in tl.range(0, whole, DEPTH):
@@ -58,7 +59,7 @@ def _chains(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         outer, inner, n = len(x), 1, x.size(1)
     else:
         outer, n, inner = x.shape
-    _cumsum_chains(-(-outer * inner // 32), (x, out), (outer, n, inner, inner, 1), (32, 16), 1)
+    _cumsum_chains(-(-outer * inner // 32), (x, out), (outer, n, inner), (32, 16), 1)
     return out
 
 

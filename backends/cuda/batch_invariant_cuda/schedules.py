@@ -22,6 +22,9 @@ _TEXT = re.compile(
     r"(?P<flags>(?: swap| split| hybrid| persistent| halves| g\d+)*)"
 )
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""What tables are made for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -141,6 +144,14 @@ class Table:
                     yield dtype, k, n, m, schedule
 
 
+def _is_line(row: Any) -> bool:
+    """Whether it is a pair of a number of rows and a text."""
+    if not isinstance(row, list) or len(row) != 2:
+        return False
+    m, text = row
+    return type(m) is int and m >= 1 and isinstance(text, str)
+
+
 def read(data: Any, source: str) -> Table:
     """A table from decoded JSON; every entry is checked."""
     entries: dict[str, dict[tuple[int, int], tuple[tuple[int, Schedule], ...]]] = {}
@@ -148,10 +159,21 @@ def read(data: Any, source: str) -> Table:
         raise ConfigurationError(f"{source}: expected an object with 'entries'")
     for dtype, shapes in data["entries"].items():
         found = entries.setdefault(dtype, {})
+        if dtype not in DTYPES:
+            raise ConfigurationError(
+                f"{source}: {dtype!r} has no schedules; expected one of {', '.join(DTYPES)}"
+            )
+        if not isinstance(shapes, dict):
+            raise ConfigurationError(f"{source}: {dtype}: expected an object of shapes KxN")
         for shape, rows in shapes.items():
             match = re.fullmatch(r"(\d+)x(\d+)", shape)
-            if match is None:
+            if match is None or "0" in match.groups():
                 raise ConfigurationError(f"{source}: {shape!r} is no shape KxN")
+            if not isinstance(rows, list) or not all(map(_is_line, rows)):
+                raise ConfigurationError(
+                    f"{source}: {dtype} {shape}: expected pairs [M, schedule] with M >= 1, "
+                    f"got {rows!r}"
+                )
             bounds = [m for m, _ in rows]
             if bounds != sorted(set(bounds)) or not bounds:
                 raise ConfigurationError(f"{source}: {dtype} {shape}: M must ascend, got {bounds}")

@@ -226,7 +226,8 @@ def tune(
                 if winner is not None:
                     lines.append([m, winner[0]])
                     sys.stderr.write(f"{name} {k}x{n} M={m}: {winner[0]} {winner[1]:.1f} us\n")
-            entries.setdefault(name, {})[f"{k}x{n}"] = lines
+            if lines:
+                entries.setdefault(name, {})[f"{k}x{n}"] = lines
     device = torch.cuda.get_device_name()
     about = f"Measured on {device}, torch {torch.__version__}, by batch_invariant_cuda.tune."
     return {"about": about, "entries": entries}
@@ -236,7 +237,7 @@ def main() -> None:
     """Writes a table, or checks one."""
     parser = argparse.ArgumentParser(prog="python -m batch_invariant_cuda.tune")
     parser.add_argument("shapes", nargs="*", metavar="KxN")
-    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", action="append", choices=schedules.DTYPES)
     parser.add_argument("--check", metavar="FILE", help="check a table's bits and write nothing")
     parser.add_argument("--out", default="schedules.json")
     given = parser.parse_args()

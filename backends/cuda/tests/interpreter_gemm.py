@@ -1,4 +1,7 @@
-"""Run by test_interpreter_gemm.py: every kind of schedule in Triton's interpreter, on the CPU.
+"""Run by test_interpreter_gemm.py: schedules in Triton's interpreter, on the CPU.
+
+The kinds are "tile" and "tma". "ring" and "fma" are written in Gluon, which the interpreter does
+not run: only a GPU tests them.
 
 The interpreter tests indexing, masks, strides and who adds which chunk; its `tl.dot` is NumPy's, so
 it says nothing about the bits inside one chain. It prints one JSON object.

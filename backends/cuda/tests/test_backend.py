@@ -42,7 +42,34 @@ def test_an_old_gpu_and_a_missing_triton_are_reasons(monkeypatch):
     assert found.reason == "Triton is not installed"
     assert "batch-invariant-cuda[runtime]" in found.remedy
     monkeypatch.setattr(batch_invariant_cuda, "find_spec", lambda name: object())
-    assert CudaBackend().probe().ok
+    monkeypatch.setattr(batch_invariant_cuda.metadata, "version", lambda name: "3.5.1")
+    found = CudaBackend().probe()
+    assert found.reason == "Triton 3.5.1 is installed; the kernels need 3.6 or newer"
+    assert "batch-invariant-cuda[runtime]" in found.remedy
+    for version in ("3.6.0", "3.10.0+git1", "4.0"):
+        monkeypatch.setattr(
+            batch_invariant_cuda.metadata, "version", lambda name, version=version: version
+        )
+        assert CudaBackend().probe().ok
+
+
+def test_kernels_without_triton_say_what_to_do():
+    code = (
+        "import sys; sys.modules['triton'] = None; import batch_invariant_cuda as b\n"
+        "from batch_invariant.errors import BackendUnavailable\n"
+        "try: b.CudaBackend().kernels()\n"
+        "except BackendUnavailable as e: sys.exit('[runtime]' not in str(e))\n"
+        "sys.exit(2)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_harmless_operators_take_back_what_reduces():
+    from batch_invariant_cuda.harmless import HARMLESS
+
+    assert HARMLESS["_foreach_max"] is None
+    assert HARMLESS["_foreach_maximum"] is not None
+    assert "undefined" in str(HARMLESS["scatter.src"])
 
 
 def test_looking_imports_no_triton():
@@ -90,8 +117,20 @@ def test_a_schedule_that_means_nothing_is_refused(text, complaint):
                 "bfloat16": {"64x64": [[8, "tile 64x64x64 w4 s3"], [4, "tile 64x64x64 w4 s3"]]}
             }
         },
+        {"entries": {"bfloat61": {"64x64": [[4, "tile 64x64x64 w4 s3"]]}}},
+        {"entries": {"bfloat16": {"64x0": [[4, "tile 64x64x64 w4 s3"]]}}},
+        {"entries": {"bfloat16": []}},
+        {"entries": {"bfloat16": {"64x64": 3}}},
+        {"entries": {"bfloat16": {"64x64": [[4]]}}},
+        {"entries": {"bfloat16": {"64x64": [["4", "tile 64x64x64 w4 s3"]]}}},
+        {"entries": {"bfloat16": {"64x64": [[0, "tile 64x64x64 w4 s3"]]}}},
+        {"entries": {"bfloat16": {"64x64": [[4, None]]}}},
     ],
-    ids=["no object", "no shape", "empty", "descending"],
+    ids=[
+        *("no object", "no shape", "empty", "descending"),
+        *("no dtype", "nothing to multiply"),
+        *("no shapes", "no lines", "no pair", "no number", "no rows", "no text"),
+    ],
 )
 def test_a_table_that_means_nothing_is_refused(data):
     with pytest.raises(ConfigurationError, match="mine"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import batch_invariant as bi
 from batch_invariant.proof import checks
 from gpu import REASON, differing
 
@@ -147,17 +148,43 @@ def test_layouts_and_offsets_change_no_bit(dtype, m):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_gradients_have_the_bits_of_their_rows(dtype):
-    """dX and dW by the same kernels: a row of dX does not depend on the batch."""
-    x = tune.adversarial(96, 1024, dtype)[:7]
-    w = torch.randn(1024, 512, device="cuda").to(dtype)
-    whole = torch.randn(96, 512, device="cuda").to(dtype)
-    for rows in (1, 3, 7):
-        part = matmul.product(whole[:rows], w.t())
-        assert differing(part, matmul.product(whole, w.t())[:rows]) == 0
-    left = matmul.product(x.t(), whole[:7])
-    for columns in (1, 64, 513):
-        found = matmul.product(x.t()[:columns], whole[:7])
-        assert differing(found, left[:columns]) == 0
+    """Backward through bi.linear: a row of dX does not depend on how many rows there are.
+
+    The data can show a difference: the gradient of the weight, a sum over the rows, changes.
+    """
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = tune.adversarial(1100, 1024, dtype, special=False)
+    w = torch.randn(4096, 1024, device="cuda", generator=generator).to(dtype).requires_grad_()
+    g = tune.adversarial(1100, 4096, dtype, seed=1)
+
+    def gradients(rows):
+        part = x[:rows].clone().requires_grad_()
+        return torch.autograd.grad(bi.linear(part, w), (part, w), g[:rows])
+
+    dx, dw = gradients(1100)
+    for rows in (1, 3, 17, 64, 255, 1024):
+        part, of_fewer = gradients(rows)
+        assert differing(part, dx[:rows]) == 0, rows
+        assert differing(of_fewer, dw) > 0
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
+@pytest.mark.parametrize("odd_first", [False, True])
+def test_one_operand_is_aligned_and_the_other_not(dtype, odd_first):
+    """A kernel compiled for one alignment of the two addresses must not serve the other."""
+    m, k, n = 33, 1024, 264
+    a = tune.adversarial(m, k, dtype)
+    w = torch.randn(n, k, device="cuda").to(dtype)
+
+    def odd(x):
+        room = torch.empty(x.numel() + 1, dtype=dtype, device="cuda")
+        return room[1:].view(x.shape).copy_(x)
+
+    expected = matmul.product(a, w.t())
+    pairs = [(a, odd(w)), (odd(a), w)]
+    matmul.forget()
+    for left, right in pairs[::-1] if odd_first else pairs:
+        assert differing(matmul.product(left, right.t()), expected) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

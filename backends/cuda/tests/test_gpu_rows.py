@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import batch_invariant as bi
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.ops.bits import mismatch
 from batch_invariant.ops.contract import FLOATS, Data
@@ -257,3 +258,72 @@ def test_attention_has_the_bits_of_the_cpu(dtype: torch.dtype, mask: str) -> Non
         on_gpu = GPU[name].fn(*gpu, 0.0, mask == "causal", enable_gqa=heads != kv_heads)
         for c, g in zip(on_cpu, on_gpu, strict=True):
             assert (found := mismatch(c, g.cpu())) is None, (heads, rows, keys, size, str(found))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attention_of_nan_queries_is_nan(dtype: torch.dtype) -> None:
+    name = "scaled_dot_product_attention"
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 2, 37, 64, generator=generator).to(dtype) for _ in "qkv")
+    q[0, 0, 2], q[1, 1, 36, 3] = math.nan, math.nan
+    for causal in (False, True):
+        on_cpu = CPU[name].fn(q, k, v, None, 0.0, causal)
+        on_gpu = GPU[name].fn(q.cuda(), k.cuda(), v.cuda(), None, 0.0, causal)
+        assert on_gpu[0][0, 0, 2].isnan().all()
+        for c, g in zip(on_cpu, on_gpu, strict=True):
+            assert mismatch(c, g.cpu()) is None
+
+
+def test_cumsum_down_columns_beyond_32_bits() -> None:
+    n, inner = 2**15 + 5, 2**16
+    x = torch.ones(n, inner, dtype=torch.bfloat16, device="cuda")
+    x[:-3] = 0
+    out = GPU["cumsum"].fn(x, 0)
+    assert out[-4].eq(0).all()
+    assert out[-1].eq(3).all()
+
+
+def test_a_sum_of_more_than_32_bits_count() -> None:
+    x = torch.zeros(2**31 + 16, dtype=torch.bfloat16, device="cuda")
+    x[:: 2**20] = 1
+    assert GPU["sum"].fn(x, dtype=torch.float32).item() == 2**11 + 1
+
+
+ADDING = {
+    "index_add": lambda start, index, x: start.index_add(0, index[:, 0], x),
+    "index_add with alpha": lambda start, index, x: start.index_add(0, index[:, 0], x, alpha=0.3),
+    "scatter_add": lambda start, index, x: start.scatter_add(0, index, x),
+    "scatter_add_": lambda start, index, x: start.clone().scatter_add_(0, index, x),
+}
+
+
+@pytest.mark.parametrize("label", ADDING)
+@pytest.mark.parametrize("width", [1, 3, 64, 1000])
+def test_adding_at_places_is_the_same_from_run_to_run(label: str, width: int) -> None:
+    """And a column's bits do not depend on how many columns there are."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    x = data("cancelling", 3000, width, torch.float32).cuda()
+    index = torch.randint(0, 7, (3000, 1), device="cuda", generator=generator).expand(3000, width)
+    start = torch.randn(7, width, device="cuda", generator=generator)
+    with bi.enabled():
+        first = ADDING[label](start, index, x)
+        for _ in range(20):
+            assert mismatch(first, ADDING[label](start, index, x)) is None
+        part = ADDING[label](start[:, :1].clone(), index[:, :1], x[:, :1].clone())
+    assert mismatch(first[:, :1], part) is None
+    exact = ADDING[label](start.double(), index, x.double())
+    bound = 3001 * torch.finfo(torch.float32).eps * (x.abs().sum(0) + start.abs().sum(0)).double()
+    assert ((first.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", ["amax", "amin", "max", "min"])
+def test_selections_between_zeros_are_positive(name: str) -> None:
+    x = torch.zeros(64, 5000, device="cuda")
+    x[:, ::3] = -0.0
+    with bi.enabled():
+        found = getattr(torch, name)(x, 1)
+        found = found if isinstance(found, torch.Tensor) else found.values
+        nothing = getattr(torch, name)(-torch.zeros(4, 33, device="cuda"), 1)
+        nothing = nothing if isinstance(nothing, torch.Tensor) else nothing.values
+    assert not torch.signbit(found).any()
+    assert not torch.signbit(nothing).any()

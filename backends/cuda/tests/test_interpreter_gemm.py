@@ -1,4 +1,4 @@
-"""The kernels of the matrix products in Triton's interpreter: wiring, not numerics."""
+"""The matrix products in Triton's interpreter: wiring, not numerics, of "tile" and "tma" alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found():
     return json.loads(done.stdout)
 
 
-def test_every_schedule_computes_the_product(found):
+def test_tile_and_tma_schedules_compute_the_product(found):
     assert len(found["errors"]) == 18
     wrong = {case: error for case, error in found["errors"].items() if not error <= 1}
     assert not wrong

@@ -93,6 +93,13 @@ mask[:, :, :, 3], mask[0, 0, 0] = False, False
 v[0, 0, 3] = float("inf")
 attend = "scaled_dot_product_attention"
 close("attention", attend, q, k, v, mask, 0.0, False, enable_gqa=True)
+q[1, 0, 2], q[0, 3, 4, 5] = float("nan"), float("nan")  # two rows whose scores are all NaN
+for how, given in {"": None, " and a mask": mask}.items():
+    both = list(outputs(attend, q, k, v, given, 0.0, False, enable_gqa=True))
+    if not all(torch.equal(a.isnan(), b.isnan()) and bool(a.isnan().any()) for a, b in both):
+        failures.append(f"NaN in another place: attention of NaN queries{how}")
+    close(f"attention of NaN queries{how}", attend, q, k, v, given, 0.0, False, enable_gqa=True)
+q = q.nan_to_num()
 close("causal attention", attend, q, k, v[..., :16], None, 0.0, True, enable_gqa=True)
 print("\\n".join(failures))
 """

@@ -1,0 +1,126 @@
+"""What is decided before a launch, on CPU tensors and made-up shapes: keys, plans and refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton: pip install 'batch-invariant-cuda[runtime]'")
+
+from batch_invariant_cuda import attention, choice, matmul, problem, row_launch
+from batch_invariant_cuda.schedules import parse, read
+
+BF16 = torch.bfloat16
+
+
+def test_a_plan_belongs_to_the_alignment_of_each_operand():
+    """A kernel is compiled for the pointers that are aligned: which one it is matters."""
+    even, odd = torch.zeros(4, 4), torch.zeros(17)[1:].view(4, 4)
+    assert even.data_ptr() % 16 == 0
+    assert odd.data_ptr() % 16
+    pairs = [(a, b) for a in (even, odd) for b in (even, odd)]
+    assert len({matmul._key("mm", a, b) for a, b in pairs}) == 4
+    assert len({matmul._key_of(x, 1, 1) for x in (even, odd)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("n", "unit"), [(16, 16), (17, 1), (2**31 - 16, 16), (2**31, 1), (2**32, 1)]
+)
+def test_lengths_beyond_32_bits_arrive_whole(n, unit):
+    assert row_launch.unit_of(n) == unit
+    assert row_launch.plan(1, n, 132, True).unit == unit
+    assert n // unit * unit == n
+    assert n // unit < 2**31 or unit == 1
+
+
+def huge(m: int, n: int, k: int = 64) -> problem.Problem:
+    return problem.Problem(
+        dtype=BF16, batch=1, m=m, n=n, k=k, a=(0, k, 1), b=(0, 1, k),
+        addend=None, scaled=False, chunk=0, aligned=True,
+    )  # fmt: skip
+
+
+def test_swapped_bulk_copies_refuse_results_beyond_32_bits():
+    swapped = parse("tma 32x64x128 w4 s6 swap")
+    assert huge(64, 4096).refuses(swapped) is None
+    assert "32 bits" in str(huge(32_000, 70_000).refuses(swapped))
+    assert huge(32_000, 70_000).refuses(parse("ring 128x128x64 w8 s6")) is None
+
+
+def test_a_tables_last_line_does_not_serve_what_it_cannot_compute(monkeypatch):
+    table = read({"entries": {"bfloat16": {"64x70000": [[64, "tma 32x64x128 w4 s6 swap"]]}}}, "t")
+    monkeypatch.setattr(matmul, "table_for", lambda capability: table)
+    monkeypatch.setattr(matmul, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(matmul, "programs", lambda device: 132)
+    gpu = torch.device("cuda", 0)
+    assert matmul.schedule_for(huge(64, 70_000), gpu).swap
+    chosen = matmul.schedule_for(huge(32_000, 70_000), gpu)
+    assert not chosen.swap
+    assert chosen == choice.default(32_000, 70_000, 64, BF16, bulk=True, chunk=0, programs=132)
+
+
+def test_tensors_of_two_devices_are_refused_before_a_launch():
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args: launched.append(args)
+
+    class Elsewhere:
+        device = torch.device("cuda", 1)
+
+        def get_device(self) -> int:
+            return 1
+
+    kernel = row_launch.RowKernel(Kernel())
+    kernel(1, (torch.zeros(1), None, torch.zeros(1)), (), (), 1)
+    assert len(launched) == 1
+    with pytest.raises(RuntimeError, match="one device, found cpu and cuda:1"):
+        kernel(1, (torch.zeros(1), None, Elsewhere()), (), (), 1)  # type: ignore[arg-type]
+    assert len(launched) == 1
+
+
+def test_attention_says_beforehand_what_it_refuses():
+    kernel = attention.KERNELS["scaled_dot_product_attention"]
+    x = torch.zeros(1, 1, 2, 257)
+    assert kernel.supports is not None
+    assert "up to 256; got 257" in str(kernel.supports(x, x, x, None, 0.0, False, scale=None))
+    assert "float64" in str(kernel.supports(*[x[..., :8].double()] * 3))
+    assert kernel.supports(*[x[..., :256]] * 3, attn_mask=None) is None
+
+
+def test_an_input_that_must_be_copied_makes_one_plan(monkeypatch):
+    made = []
+
+    class Plan:
+        def __init__(self, p, s, a, b, addend, programs, shape):
+            made.append(a.shape)
+            self.shape = shape
+
+        def __call__(self, a, b, addend, alpha, beta):
+            return a.new_zeros(self.shape)
+
+    class Nothing:
+        def __init__(self, device):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(matmul, "Plan", Plan)
+    monkeypatch.setattr(matmul, "schedule_for", lambda p, device: None)
+    monkeypatch.setattr(matmul, "programs", lambda device: 1)
+    monkeypatch.setattr(torch.cuda, "device", Nothing)
+    matmul.forget()
+    x = torch.zeros(2, 64, 3, 8).transpose(1, 2)
+    try:
+        for _ in range(3):
+            out = matmul.KERNELS["linear"].fn(x, torch.zeros(5, 8), torch.zeros(5))
+            assert out.shape == (2, 3, 64, 5)
+        assert len(made) == 1
+        assert len(matmul._plans) == 1
+    finally:
+        matmul.forget()
