@@ -10,7 +10,7 @@ import torch
 from batch_invariant.ops.bits import mismatch
 from batch_invariant.ops.contract import Case, Data
 from batch_invariant.proof.log import Log
-from batch_invariant.proof.subject import Subject
+from batch_invariant.proof.subject import Subject, widened
 
 
 def accuracy(subject: Subject, log: Log) -> None:
@@ -32,7 +32,7 @@ def accuracy(subject: Subject, log: Log) -> None:
                 found = mismatch(want, outputs[which])
                 log.compare(found, f"output {which} against the definition", case, data)
             continue
-        wide = _wide(args)
+        wide = widened(args)
         exact = op.call(op.reference, wide)
         bound = op.error_bound(**{**wide, "dtype": outputs[0].dtype})
         error = (outputs[0].double() - exact[0]).abs()
@@ -40,15 +40,6 @@ def accuracy(subject: Subject, log: Log) -> None:
         if data is Data.NORMAL:
             log.worst("ulps", round(_ulps(error, exact[0], outputs[0].dtype), 3))
             _others(subject, case, args, outputs[1:], exact[1:], log)
-
-
-def _wide(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double()
-        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-        else (None if isinstance(value, torch.dtype) else value)
-        for name, value in args.items()
-    }
 
 
 def _beyond(

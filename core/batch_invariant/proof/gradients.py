@@ -10,7 +10,7 @@ import torch
 from batch_invariant.ops.contract import Data, Op
 from batch_invariant.proof.invariance import compare
 from batch_invariant.proof.log import Log, shapes
-from batch_invariant.proof.subject import Outputs, Subject, draw
+from batch_invariant.proof.subject import Outputs, Subject, draw, widened
 from batch_invariant.proof.transforms import variants
 
 _TRANSFORMS = ("T1 population", "T3 neighbours")
@@ -55,7 +55,7 @@ def gradients(subject: Subject, log: Log) -> None:
                 found = compare(base, run(variant.args), [axes[n] for n in own], variant)
                 what = f"gradient of {', '.join(own)} at {shapes(args)}, {transform}"
                 log.compare(found, f"{what}, {variant.label}", case, Data.NORMAL)
-        exact = _backward(op, op.reference, _wide(args), leaves)
+        exact = _backward(op, op.reference, widened(args), leaves)
         longest = max(
             size for v in args.values() if isinstance(v, torch.Tensor) for size in v.shape
         )
@@ -100,16 +100,5 @@ def _backward(
     ]
 
 
-def _wide(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if _floating(value) else (None if _is_dtype(value) else value)
-        for name, value in args.items()
-    }
-
-
 def _floating(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-
-
-def _is_dtype(value: object) -> bool:
-    return isinstance(value, torch.dtype)

@@ -103,6 +103,16 @@ def draw(op: Op, case: Case, dtype: torch.dtype, data: Data, rows: int = ROWS) -
     return case.args(Draw(dtype, data, torch.Generator().manual_seed(seed)), rows)
 
 
+def widened(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in float64, for the definition as a yardstick; requested dtypes are dropped."""
+    return {
+        name: value.double()
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        else (None if isinstance(value, torch.dtype) else value)
+        for name, value in args.items()
+    }
+
+
 @functools.cache
 def _transforms(name: str) -> frozenset[str]:
     op = CONTRACTS[name]

@@ -26,6 +26,7 @@ from batch_invariant.proof.order.replay import Replay, first_terms, replay, roun
 from batch_invariant.proof.order.reveal import reveal
 from batch_invariant.proof.order.triplets import Rounding, reveal_positive
 from batch_invariant.proof.order.unseen import OutOfReach, Unseen
+from batch_invariant.proof.subject import short
 
 __all__ = [
     "Fingerprint",
@@ -123,7 +124,7 @@ def fingerprint(
         raise ValueError(f"no row {row} of {rows} with {n} terms")
     if probe.value is not None and torch.finfo(dtype).bits < 32:
         raise OutOfReach(
-            f"{op.name} in {short_name(dtype)}: its terms cannot be negative, so their order shows "
+            f"{op.name} in {short(dtype)}: its terms cannot be negative, so their order shows "
             "only in the last place of an fp32 sum, which a result of 16 bits rounds off"
         )
     if probe.value is None and probe.wide is None:
@@ -156,7 +157,7 @@ def fingerprint(
         limits.append("not replayed: the result is a function of the sum, not the sum")
     return Fingerprint(
         op=op.name,
-        dtype=short_name(dtype),
+        dtype=short(dtype),
         terms=n,
         rows=rows,
         row=None if everywhere else site.at.start,
@@ -347,8 +348,3 @@ class _Sums:
 
 def _wider(replayed: Replay) -> list[str]:
     return [f"it adds in {replayed.accumulator}, wider than fp32"] if replayed.wider else []
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> `float32`."""
-    return str(dtype).removeprefix("torch.")

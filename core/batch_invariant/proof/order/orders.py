@@ -24,9 +24,9 @@ from batch_invariant.proof.order.fingerprint import (
     fingerprint,
     kernel_run,
     probe_of,
-    short_name,
     stock_run,
 )
+from batch_invariant.proof.subject import short
 
 Step = Callable[[str, int], None]
 
@@ -204,7 +204,7 @@ def _orders(
             probe_of(op, layout)
             call = run()
             for m in sizes:
-                step(f"{op.name} {short_name(dtype)} M {m}", 1)
+                step(f"{op.name} {short(dtype)} M {m}", 1)
                 prints.append(fingerprint(op, call, dtype, count, m, row=None, layout=layout))
         except Unseen as reason:
             return Side((), str(reason), not isinstance(reason, OutOfReach))
@@ -217,7 +217,7 @@ def _orders(
     return Orders(
         op=op.name,
         layout=layout,
-        dtype=short_name(dtype),
+        dtype=short(dtype),
         backend=backend.name,
         terms=count,
         sum_of=probe.sum_of if probe else "no sum",
