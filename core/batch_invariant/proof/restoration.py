@@ -56,6 +56,7 @@ def _main(name: str) -> None:
     backend = registry.load(name)
     with selector.use_backend(name):
         selector.kernels(backend.device_type)
+        # A backend without a kernel for this call raises; the check "kernel" is there for that.
         with mode.enabled(), contextlib.suppress(BatchInvariantError):
             one = backend.to_native(torch.ones(2, 3))
             if isinstance(one, torch.Tensor):
