@@ -1,166 +1,39 @@
-"""scaled_dot_product_attention on CUDA: the order of the contract, the bits of the CPU reference.
+"""scaled_dot_product_attention on CUDA: which kernel, which tile, which strides.
 
-Two passes over the keys: the exact maximum of the scores, then exp, denominator and weighted sum.
-Every product is a chain of fp32 FMAs over ascending positions (Triton's IEEE dot), so a row depends
-neither on the tile, nor on how many rows are computed together, nor on padding.
+fp32 is `attention_chains.py`, the bits of the CPU reference; bf16 and fp16 are
+`attention_blocks.py`, on the matrix units.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from batch_invariant.backend import Kernel
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.attention import check_attention
 from batch_invariant.ops.contract import FLOATS
-from batch_invariant.order import serial
-from batch_invariant_cuda.explog import exp, log
-from batch_invariant_cuda.row_launch import RowKernel
-from batch_invariant_cuda.rows import larger, rounded
+from batch_invariant.order import serial, undeclared
+from batch_invariant_cuda.attention_blocks import (
+    CHUNK,
+    attention_blocks,
+    combine,
+    prepare_mask,
+)
+from batch_invariant_cuda.attention_chains import (
+    ADDITIVE_MASK,
+    BOOL_MASK,
+    KEYS,
+    NO_MASK,
+    attention_chains,
+)
+from batch_invariant_cuda.row_launch import multiprocessors
 
-_NO_MASK = tl.constexpr(0)
-_BOOL_MASK = tl.constexpr(1)
-_ADDITIVE_MASK = tl.constexpr(2)
-
-_KEYS = 32  # of a tile
 _WIDEST = 256  # head size whose tiles still fit
-
-
-@triton.jit
-def _scores(
-    q,
-    k,
-    mask,
-    row,
-    key,
-    rows,
-    keys,
-    size,
-    k_row,
-    mask_row,
-    mask_column,
-    scale,
-    D: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    """Scores [BM, BN] in fp32, -inf where a key takes no part."""
-    d = tl.arange(0, D)
-    there = (key[None, :] < keys) & (d[:, None] < size)
-    at = key.to(tl.int64)[None, :] * k_row + d[:, None]
-    tile = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
-    s = tl.dot(q, tile, input_precision="ieee") * scale
-    takes_part = (key[None, :] < keys) & (row[:, None] < rows)
-    if CAUSAL:
-        takes_part = takes_part & (key[None, :] <= row[:, None])
-    if MASK != _NO_MASK:
-        at = row.to(tl.int64)[:, None] * mask_row + key.to(tl.int64)[None, :] * mask_column
-        m = tl.load(mask + at, mask=takes_part, other=0.0)
-        if MASK == _BOOL_MASK:
-            takes_part = takes_part & (m != 0)
-        else:
-            added = m.to(tl.float32)
-            takes_part = takes_part & (added != float("-inf"))
-            s = s + added
-    return tl.where(takes_part, s, float("-inf"))
-
-
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "rows", "keys", "size", "v_size", "blocks",
-        "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-        "mask_batch", "mask_head", "mask_row", "mask_column", "scale",
-    ]
-)  # fmt: skip
-def _attention_kernel(
-    q, k, v, mask, out, lse,
-    heads, group, rows, keys, size, v_size, blocks,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    mask_batch, mask_head, mask_row, mask_column, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    task = tl.program_id(0).to(tl.int64)
-    block, head, batch = task % blocks, task // blocks % heads, task // blocks // heads
-    row = (block * BM + tl.arange(0, BM)).to(tl.int32)
-    d, dv = tl.arange(0, D), tl.arange(0, DV)
-    from_q = q + batch * q_batch + head * q_head
-    from_k = k + batch * k_batch + head // group * k_head
-    from_v = v + batch * v_batch + head // group * v_head
-    from_mask = mask
-    if MASK != _NO_MASK:
-        from_mask = mask + batch * mask_batch + head * mask_head
-    there = (row[:, None] < rows) & (d[None, :] < size)
-    at = row.to(tl.int64)[:, None] * q_row + d[None, :]
-    tile_q = tl.load(from_q + at, mask=there, other=0.0).to(tl.float32)
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, (block * BM + BM).to(tl.int32))
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    for begin in tl.range(0, last, BN):
-        key = begin + tl.arange(0, BN)
-        s = _scores(
-            tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
-            scale, D, MASK, CAUSAL,
-        )  # fmt: skip
-        top = larger(top, tl.reduce(s, 1, larger))  # one NaN makes the row NaN
-    total = tl.zeros((BM, 16), tl.float32)
-    acc = tl.zeros((BM, DV), tl.float32)
-    ones = tl.full((BN, 16), 1.0, tl.float32)
-    for begin in tl.range(0, last, BN):
-        key = begin + tl.arange(0, BN)
-        s = _scores(
-            tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
-            scale, D, MASK, CAUSAL,
-        )  # fmt: skip
-        # A key that takes no part weighs -0.0, which changes no chain of finite values. The CPU
-        # reference, too, leaves out a key whose score overflowed to -inf.
-        absent = s == float("-inf")
-        p = tl.where(absent, -0.0, exp(s - top[:, None], True))
-        total = tl.dot(p, ones, total, input_precision="ieee")
-        held = (key[:, None] < keys) & (dv[None, :] < v_size)
-        at_v = key.to(tl.int64)[:, None] * v_row + dv[None, :]
-        tile_v = tl.load(from_v + at_v, mask=held, other=0.0).to(tl.float32)
-        infinite = tl.max(tl.max(tl.where(tile_v - tile_v == 0.0, 0, 1), 1), 0)
-        if infinite == 0:
-            acc = tl.dot(p, tile_v, acc, input_precision="ieee")
-        else:
-            # 0 * inf is not 0: the same chains, key by key, without those that take no part.
-            for j in tl.range(0, BN):
-                chosen = (tl.arange(0, BN) == j)[None, :]
-                weight = tl.sum(tl.where(chosen, p, 0.0), 1)
-                skipped = tl.max(tl.where(chosen & absent, 1, 0), 1)
-                at_j = from_v + (begin + j) * v_row.to(tl.int64) + dv
-                value = tl.load(at_j, mask=(dv < v_size) & (begin + j < keys), other=0.0)
-                more = tl.fma(
-                    tl.broadcast_to(weight[:, None], (BM, DV)),
-                    tl.broadcast_to(value.to(tl.float32)[None, :], (BM, DV)),
-                    acc,
-                )
-                if CAUSAL or MASK != _NO_MASK:
-                    acc = tl.where(skipped[:, None] != 0, acc, more)
-                else:
-                    acc = more
-    whole = tl.reduce(total, 1, larger)  # its columns are equal
-    none = top == float("-inf")
-    divisor = tl.broadcast_to(tl.where(none, 1.0, whole)[:, None], (BM, DV))
-    y = tl.where(none[:, None], 0.0, tl.div_rn(acc, divisor) + 0.0)
-    at = (batch * rows + row.to(tl.int64)) * heads + head
-    stored = (row[:, None] < rows) & (dv[None, :] < v_size)
-    to = out + at[:, None] * v_size + dv[None, :]
-    tl.store(to, rounded(y, out.dtype.element_ty), mask=stored)
-    e = tl.where(none, float("-inf"), log(whole) + top)
-    to = lse + (batch * heads + head) * rows + row
-    tl.store(to, rounded(e, tl.float32), mask=row < rows)
-
-
-_kernel = RowKernel(_attention_kernel)
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
@@ -183,6 +56,122 @@ def _refusal(
     if widest > _WIDEST:
         return f"attention on CUDA takes head sizes up to {_WIDEST}; got {widest}"
     return None
+
+
+def _chains(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    is_causal: bool,
+    factor: float,
+) -> None:
+    batch, heads, rows, size = q.shape
+    keys, v_size = v.shape[2:]
+    kind = NO_MASK
+    if mask is not None:
+        kind = BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
+        mask = mask.expand(batch, heads, rows, keys)
+        mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
+    wide = max(size, v_size) > 64
+    block = 16 if rows <= 16 or wide else 32
+    blocks = -(-rows // block)
+    attention_chains(
+        batch * heads * blocks,
+        (q, k, v, mask, out, lse),
+        (
+            heads, heads // max(k.size(1), 1), rows, keys, size, v_size, max(blocks, 1),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *((0, 0, 0, 0) if mask is None else mask.stride()), factor,
+        ),
+        (block, KEYS, _padded(size), _padded(v_size), kind, is_causal),
+        8 if wide else 4,
+    )  # fmt: skip
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+class Tile(NamedTuple):
+    """Rows that one program computes, its warps, and the stages of its pipeline."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def tile(rows: int, widest: int, masked: bool) -> Tile:
+    """The tile for so many rows that share keys; any gives the same bits."""
+    stages = 3 if widest <= 128 else 2
+    if rows <= 16:
+        return Tile(16, 4, stages)
+    if rows <= 64 or masked or widest > 128:
+        return Tile(64, 4 if widest <= 128 else 8, stages)
+    return Tile(128, 8, stages)
+
+
+def splits(tiles: int, processors: int) -> bool:
+    """Whether chunks of keys go to programs of their own; it changes no bit."""
+    return tiles < 2 * processors
+
+
+def _blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    is_causal: bool,
+    factor: float,
+) -> None:
+    batch, heads, rows, size = q.shape
+    kv_heads, keys, v_size = v.shape[1:]
+    group = heads // max(kv_heads, 1)
+    first, strides, firsts = None, (0, 0, 0, 0), (0, 0, 0)
+    if mask is not None:
+        is_bool = mask.dtype == torch.bool
+        given = mask.expand(-1, -1, rows, keys)
+        if is_bool:
+            given = given.view(torch.uint8)
+            mask = torch.empty(given.shape, dtype=q.dtype, device=q.device)
+        first = torch.empty(given.shape[:3], dtype=torch.int32, device=q.device)
+        numbers = (given.size(1), rows, keys, *given.stride())
+        prepare_mask(first.numel(), (given, mask, first), numbers, (is_bool,), 4)
+        strides = mask.expand(batch, heads, rows, keys).stride()
+        firsts = first.expand(batch, heads, -1).stride()
+    depth, v_depth = _padded(size), _padded(v_size)
+    how = tile(rows * group, max(depth, v_depth), mask is not None)
+    blocks = -(-rows * group // how.rows)
+    tiles = batch * kv_heads * blocks
+    # A mask's first chunk begins before the first key of a row.
+    chunks = -(-keys // CHUNK) + (mask is not None)
+    split = chunks > 1 and splits(tiles, multiprocessors(q.device.index) if q.is_cuda else 1)
+    unit = 1 if any(stride % 8 for x in (q, k, v) for stride in x.stride()[:3]) else 8
+    parts = None
+    if split:
+        shape = (batch, heads, rows, chunks, v_size + 2)
+        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+    attention_blocks(
+        tiles * chunks if split else tiles,
+        (q, k, v, mask, first, out, lse, parts),
+        (
+            heads, group, rows, keys, size, v_size, blocks, chunks,
+            *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides, *firsts,
+            factor * math.log2(math.e),
+        ),
+        (
+            how.rows, depth, v_depth, mask is not None, is_causal,
+            (depth, v_depth) == (size, v_size), split, split or chunks == 1, how.stages, unit,
+        ),
+        how.warps,
+    )  # fmt: skip
+    if parts is not None:
+        numbers = (heads, rows, chunks, v_size)
+        combine(batch * heads * rows, (parts, out, lse), numbers, (v_depth,), 1)
 
 
 def _attention(
@@ -208,43 +197,30 @@ def _attention(
         four.append(x if x.stride(-1) == 1 else x.contiguous())
     q, k, v = four
     batch, heads, rows, size = q.shape
-    keys, v_size = k.size(2), v.size(3)
+    v_size = v.size(3)
     # Laid out as [batch, rows, heads, size], so that a model's next reshape copies nothing.
     out = torch.empty(batch, rows, heads, v_size, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
-    kind, mask, strides = _NO_MASK.value, None, (0, 0, 0, 0)
-    if attn_mask is not None:
-        mask = _four(attn_mask.expand(*lead, rows, keys))
-        kind = _BOOL_MASK.value if mask.dtype == torch.bool else _ADDITIVE_MASK.value
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        strides = mask.stride()
-    wide = max(size, v_size) > 64
-    block = 16 if rows <= 16 or wide else 32
-    blocks = -(-rows // block)
+    mask = attn_mask
+    if mask is not None:
+        mask = _four(mask.expand(*lead, *mask.shape[-2:]) if len(lead) > 2 else mask)
     factor = 1 / math.sqrt(size) if scale is None else float(scale)
-    _kernel(
-        batch * heads * blocks,
-        (q, k, v, mask, out, lse),
-        (
-            heads, heads // max(k.size(1), 1), rows, keys, size, v_size, max(blocks, 1),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, factor,
-        ),
-        (
-            block, _KEYS, max(16, triton.next_power_of_2(size)),
-            max(16, triton.next_power_of_2(v_size)), kind, is_causal,
-        ),
-        8 if wide else 4,
-    )  # fmt: skip
+    if factor <= 0:  # the largest score is that of the largest product
+        q, factor = (q * 0, 1.0) if factor == 0 else (-q, -factor)
+    compute = _chains if q.dtype == torch.float32 else _blocks
+    compute(q, k, v, mask, out, lse, is_causal, factor)
     return out.reshape(*lead, rows, v_size), lse.reshape(*lead, rows)
 
+
+_BLOCKWISE = undeclared("chunks of 512 keys, in blocks of 64 rescaled to the maximum so far")
 
 KERNELS = {
     "scaled_dot_product_attention": Kernel(
         fn=_attention,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset(FLOATS),
-        order=serial(),
-        portable=frozenset(FLOATS),
+        order={torch.float32: serial(), torch.bfloat16: _BLOCKWISE, torch.float16: _BLOCKWISE},
+        portable=frozenset((torch.float32,)),
         supports=_refusal,
     )
 }

@@ -232,48 +232,6 @@ def test_graph_replays_and_streams_agree() -> None:
         assert mismatch(eager, out) is None
 
 
-@pytest.mark.parametrize("mask", ["", "bool", "additive", "causal"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_attention_has_the_bits_of_the_cpu(dtype: torch.dtype, mask: str) -> None:
-    name = "scaled_dot_product_attention"
-    generator = torch.Generator().manual_seed(3)
-    for heads, kv_heads, rows, keys, size in (
-        (4, 2, 1, 1029, 64), (2, 2, 17, 33, 40), (8, 1, 40, 40, 128), (2, 1, 5, 257, 256),
-    ):  # fmt: skip
-        q = torch.randn(2, heads, rows, size, generator=generator).to(dtype)
-        k, v = (torch.randn(2, kv_heads, keys, size, generator=generator).to(dtype) for _ in "kv")
-        attn_mask = None
-        if mask in ("bool", "additive"):
-            keep = torch.rand(2, 1, rows, keys, generator=generator) > 0.3
-            keep[0, 0, 0] = False
-            v[0, 0, 3, 1] = math.inf
-            k[0, 0, 3] = math.nan
-            keep[0, 0, :, 3] = False
-            attn_mask = keep
-            if mask == "additive":
-                attn_mask = torch.zeros(keep.shape).masked_fill(~keep, -math.inf).to(dtype)
-        args = (q, k, v, attn_mask)
-        on_cpu = CPU[name].fn(*args, 0.0, mask == "causal", enable_gqa=heads != kv_heads)
-        gpu = [a if a is None else a.cuda() for a in args]
-        on_gpu = GPU[name].fn(*gpu, 0.0, mask == "causal", enable_gqa=heads != kv_heads)
-        for c, g in zip(on_cpu, on_gpu, strict=True):
-            assert (found := mismatch(c, g.cpu())) is None, (heads, rows, keys, size, str(found))
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_attention_of_nan_queries_is_nan(dtype: torch.dtype) -> None:
-    name = "scaled_dot_product_attention"
-    generator = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(2, 2, 37, 64, generator=generator).to(dtype) for _ in "qkv")
-    q[0, 0, 2], q[1, 1, 36, 3] = math.nan, math.nan
-    for causal in (False, True):
-        on_cpu = CPU[name].fn(q, k, v, None, 0.0, causal)
-        on_gpu = GPU[name].fn(q.cuda(), k.cuda(), v.cuda(), None, 0.0, causal)
-        assert on_gpu[0][0, 0, 2].isnan().all()
-        for c, g in zip(on_cpu, on_gpu, strict=True):
-            assert mismatch(c, g.cpu()) is None
-
-
 def test_cumsum_down_columns_beyond_32_bits() -> None:
     n, inner = 2**15 + 5, 2**16
     x = torch.ones(n, inner, dtype=torch.bfloat16, device="cuda")

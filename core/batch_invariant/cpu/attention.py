@@ -149,7 +149,7 @@ def _float64(
 KERNELS = {
     "scaled_dot_product_attention": Kernel(
         fn=_attention,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=serial(),
         portable=frozenset(FLOATS),

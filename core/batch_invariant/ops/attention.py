@@ -247,7 +247,10 @@ def _flash_for_cpu(
 
 
 def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
-    """An error of d in a score is a factor of exp(d) in a weight; then the chains over keys."""
+    """An error of d in a score is a factor of exp(d) in a weight; then the chains over keys.
+
+    A weight may be rounded to the dtype of the input, as the units that multiply it take it.
+    """
     exact = _reference(**args)[0]
     query, key, value = args["query"], args["key"], args["value"]
     if args["enable_gqa"]:
@@ -257,7 +260,8 @@ def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
     error = unit * (query.size(-1) + 4) * magnitude.amax(-1, keepdim=True)
     largest = value.abs().amax().expand_as(exact)
     chains = sum_bound(largest, exact, key.size(-2) + 16, dtype)
-    scores: torch.Tensor = 2 * largest * torch.expm1(2 * error)
+    weights = torch.finfo(dtype).eps / 2
+    scores: torch.Tensor = 2 * largest * (torch.expm1(2 * error) + weights)
     return scores + chains
 
 
@@ -310,6 +314,15 @@ def _cuts(args: Args, axes: Axes) -> Iterator[Variant]:
         everything = range(length)
         label = f"{keys} masked keys behind the {keys}"
         yield Variant("T6 packing", label, longer, everything, everything, axes=(-2, -1))
+        before = min(keys, 29)
+        shifted = {
+            **open_,
+            "key": torch.cat([key[..., -before:, :].flip(-2), key], -2),
+            "value": torch.cat([value[..., -before:, :].flip(-2), value], -2),
+            "attn_mask": torch.cat([seen.new_zeros(*seen.shape[:-1], before), seen], -1),
+        }
+        label = f"{before} masked keys before the {keys}"
+        yield Variant("T6 packing", label, shifted, everything, everything, axes=(-2, -1))
     if args["is_causal"]:
         first = range(min(length, keys) // 2 + 1)
         shorter = {
