@@ -326,13 +326,13 @@ def _combine_kernel(parts, out, lse, heads, rows, chunks, v_size, DV: tl.constex
     top = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1, 1), tl.float32)
     acc = tl.zeros((1, DV), tl.float32)
-    from_ = parts + task * chunks * (v_size + 2)
-    for chunk in tl.range(0, chunks, loop_unroll_factor=4):
-        at = from_ + chunk.to(tl.int64) * (v_size + 2)
+    at = parts + task * chunks * (v_size + 2)
+    for _ in tl.range(0, chunks, loop_unroll_factor=4):
         next_acc = tl.load(at + dv, mask=dv < v_size, other=0.0)
         next_top = tl.load(at + v_size + one)
         next_total = tl.load(at + v_size + 1 + one)[:, None]
         top, total, acc = _merge(top, total, acc, next_top, next_total, next_acc)
+        at += v_size + 2
     y, e = _finish(top, total, acc)
     to = out + ((batch * rows + row) * heads + head) * v_size
     tl.store(to + dv, y.to(out.dtype.element_ty), mask=dv < v_size)

@@ -1,0 +1,120 @@
+"""Attention in Triton's interpreter: masks, blocks and chunks, not the bits of `tl.dot`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+_PACKAGES = Path(__file__).resolve().parents[1]
+
+_PROGRAM = r"""
+import math
+import sys
+
+import torch
+
+from batch_invariant_cuda import attention, attention_blocks
+
+if "broken" in sys.argv:  # blocks by place in memory, not from the first key of a row
+    prepare = attention.prepare_mask
+
+    def from_the_beginning(programs, tensors, *rest):
+        prepare(programs, tensors, *rest)
+        tensors[2].clamp_(max=0)
+
+    attention.prepare_mask = from_the_beginning
+
+attention.tile = lambda *_: attention.Tile(16, 4, 2)
+generator = torch.Generator().manual_seed(0)
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=generator).half()
+
+
+def attend(q, k, v, mask=None, causal=False, split=False):
+    attention.splits = lambda *_: split
+    kernel = attention.KERNELS["scaled_dot_product_attention"].fn
+    return kernel(q, k, v, mask, 0.0, causal, enable_gqa=True)
+
+
+def same(label, a, b):
+    if not all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b, strict=True)):
+        print(label)
+
+
+def close(label, q, k, v, mask=None, causal=False):
+    out, lse = attend(q, k, v, mask, causal)
+    q, k, v = q.double(), *(x.double().repeat_interleave(2, 1) for x in (k, v))
+    if causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q @ k.mT / math.sqrt(q.size(3))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    exact = scores.softmax(-1).nan_to_num(0) @ v
+    errors = (out - exact).abs().max(), (lse - scores.logsumexp(-1)).nan_to_num(0).abs().max()
+    if errors[0] > 5e-3 or errors[1] > 1e-3:
+        print(f"{label} is not accurate")
+    same(f"{label} split", (out, lse), attend(*given, split=True))
+
+
+q, k, v = draw(1, 4, 5, 24), draw(1, 2, 600, 24), draw(1, 2, 600, 40)
+mask = torch.rand(1, 1, 5, 600, generator=generator) > 0.4
+mask[..., 3], mask[0, 0, 0], mask[0, 0, 2, :100] = False, False, False
+low = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float16).min).half()
+low[0, 0, 0] = -math.inf
+given = (q, k, v)
+close("attention", *given)
+given = (q, k, v, mask)
+close("masked attention", *given)
+masked, plain = attend(q, k, v, mask), attend(q, k, v)
+infinite = v.clone()
+infinite[0, 0, 3] = math.inf
+same("infinite values", masked, attend(q, k, infinite, mask))
+same("lowest numbers", masked, attend(q, k, v, low))
+for pad in (1, 70):
+    more_k, more_v = torch.cat([draw(1, 2, pad, 24), k], 2), torch.cat([draw(1, 2, pad, 40), v], 2)
+    off = torch.zeros(1, 1, 5, pad, dtype=torch.bool)
+    padded = torch.cat([off, mask], -1)
+    same(f"{pad} keys before", masked, attend(q, more_k, more_v, padded))
+    padded = torch.cat([torch.ones_like(mask), off], -1)
+    behind = more_k.roll(-pad, 2), more_v.roll(-pad, 2)
+    same(f"{pad} keys behind", plain, attend(q, *behind, padded))
+given = (draw(1, 4, 70, 32), draw(1, 2, 70, 32), draw(1, 2, 70, 32), None, True)
+close("causal attention", *given)
+q[0, 1, 3] = math.nan
+lost = attend(q, k, v, mask)[0].isnan().any(-1)
+if not lost[0, 1, 3] or int(lost.sum()) != 1:
+    print("NaN in another place")
+"""
+
+
+def _run(*arguments: str) -> list[str]:
+    path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PROGRAM, *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter does not work with NumPy 2.4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_blocks_are_wired_in_the_interpreter() -> None:
+    assert _run() == []
+
+
+def test_blocks_from_the_beginning_are_seen_in_the_interpreter() -> None:
+    found = _run("broken")
+    assert found
+    assert all("keys before" in line or "lowest" in line for line in found)
