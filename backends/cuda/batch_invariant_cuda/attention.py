@@ -103,13 +103,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(rows: int, widest: int, masked: bool) -> Tile:
+def tile(rows: int, keys: int, widest: int, masked: bool) -> Tile:
     """The tile for so many rows that share keys; any gives the same bits."""
     stages = 3 if widest <= 128 else 2
     if rows <= 16:
         return Tile(16, 4, stages)
-    if rows <= 64 or masked or widest > 128:
-        return Tile(64, 4 if widest <= 128 else 8, stages)
+    if widest > 128:
+        return Tile(64, 8, stages)
+    if rows <= 64 or masked or keys <= CHUNK:
+        return Tile(64, 4, 2)  # two on a multiprocessor
     return Tile(128, 8, stages)
 
 
@@ -144,7 +146,7 @@ def _blocks(
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
     depth, v_depth = _padded(size), _padded(v_size)
-    how = tile(rows * group, max(depth, v_depth), mask is not None)
+    how = tile(rows * group, keys, max(depth, v_depth), mask is not None)
     blocks = -(-rows * group // how.rows)
     tiles = batch * kv_heads * blocks
     # A mask's first chunk begins before the first key of a row.

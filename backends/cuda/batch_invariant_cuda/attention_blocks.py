@@ -183,7 +183,7 @@ def _walk(
     BM: tl.constexpr = tile_q.shape[0]
     state = _nothing(BM, DV) + _nothing(BM, DV)
     middle = begin
-    if not MASKED and not CAREFUL:
+    if not MASKED and not CAREFUL and not (ONE and CAUSAL):  # few blocks: one pipeline
         blocks = tl.maximum(full - begin, 0) // _BLOCK
         middle = begin + blocks * _BLOCK
         for block in tl.range(0, blocks, num_stages=STAGES):
@@ -242,15 +242,16 @@ def _attention_kernel(
     q_batch, q_head, q_row = q_batch * UNIT, q_head * UNIT, q_row * UNIT
     k_batch, k_head, k_row = k_batch * UNIT, k_head * UNIT, k_row * UNIT
     v_batch, v_head, v_row = v_batch * UNIT, v_head * UNIT, v_row * UNIT
-    task = tl.program_id(0).to(tl.int64)
+    task = tl.program_id(0)
     chunk = 0
     if SPLIT:
-        chunk = (task % chunks).to(tl.int32)
+        chunk = task % chunks
         task = task // chunks
     # The longest of the causal rows begin first.
     block, pair = blocks - 1 - task % blocks, task // blocks
-    kv_head, batch = pair % (heads // group), pair // (heads // group)
-    index = (block * BM + tl.arange(0, BM)).to(tl.int32)
+    kv_heads = heads // group
+    kv_head, batch = (pair % kv_heads).to(tl.int64), (pair // kv_heads).to(tl.int64)
+    index = block * BM + tl.arange(0, BM)
     row = index // group
     head = kv_head * group + index % group
     valid = row < rows
@@ -265,8 +266,8 @@ def _attention_kernel(
     end = keys
     full = keys
     if CAUSAL:
-        end = tl.minimum(keys, ((block * BM + BM - 1) // group + 1).to(tl.int32))
-        full = tl.minimum(keys, (block * BM // group + 1).to(tl.int32))
+        end = tl.minimum(keys, (block * BM + BM - 1) // group + 1)
+        full = tl.minimum(keys, block * BM // group + 1)
     mask_rows = index.to(tl.int64)
     starts = tl.zeros((BM,), tl.int32)
     if MASKED:
