@@ -16,6 +16,7 @@ from batch_invariant.ops import CONTRACTS
 from batch_invariant.order import (
     Order,
     Tree,
+    by_size,
     chunked,
     digest,
     fused,
@@ -88,6 +89,10 @@ def add_fused(x: torch.Tensor) -> torch.Tensor:
 KNOWN: dict[str, tuple[Rows, Order]] = {
     "serial": (add_serial, serial()),
     "chunked": (add_chunks, chunked(32, serial())),
+    "by size": (
+        lambda x: (add_chunks if x.size(1) >= 100 else add_serial)(x),
+        by_size(100, serial(), chunked(32, serial())),
+    ),
     "lanes": (add_lanes, lanes(8, 4096)),
     "fused": (add_fused, fused(16)),
 }
@@ -269,10 +274,22 @@ def test_products(rounded: bool | None, how: str) -> None:
 def test_a_long_chain_needs_no_recursion() -> None:
     kernel = selector.kernels("cpu")["mm"]
     run = kernel_run(MM, selector.current_backend("cpu"), kernel)
-    found = fingerprint(MM, run, torch.float32, 4096, rows=2)
-    assert found.text == "serial(4096)"
+    found = fingerprint(MM, run, torch.float32, 2047, rows=2)
+    assert found.text == "serial(2047)"
     assert found.row == 0
     repr(found)
+
+
+@pytest.mark.parametrize("k", [2047, 2048, 2500])
+def test_the_cpus_chunks_of_fp32_are_the_declared_ones(k: int) -> None:
+    kernel = selector.kernels("cpu")["mm"]
+    run = kernel_run(MM, selector.current_backend("cpu"), kernel)
+    tree = kernel.order_of(torch.float32).tree(k)
+    assert tree is not None
+    for rows in (1, 40):
+        found = fingerprint(MM, run, torch.float32, k, rows=rows)
+        assert found.digest == digest(tree)
+        assert found.text.startswith("serial" if k < 2048 else "chunked(")
 
 
 # Sums of terms that cannot be negative.

@@ -12,6 +12,9 @@ from batch_invariant.order import Order, chunked, fused, serial
 STEP = 16
 """k of one step of the matrix units in bf16 and fp16: they add 16 products at once."""
 
+TF32 = Order("fp32 by the matrix units in TF32, as asked: one chain of their steps over k")
+"""Measured on an H200: every schedule of the kind "tile" has one result."""
+
 
 @cache
 def chunk_of(k: int, n: int, dtype: torch.dtype) -> int:
@@ -30,8 +33,19 @@ def chunk_of(k: int, n: int, dtype: torch.dtype) -> int:
     return 0
 
 
+def tf32_asked() -> bool:
+    """Whether the user allowed TF32 in products of fp32, by any of torch's own switches.
+
+    They are `torch.backends.cuda.matmul.fp32_precision = "tf32"`, its older form `allow_tf32`,
+    `torch.backends.fp32_precision` and `torch.set_float32_matmul_precision`; torch keeps one state.
+    """
+    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+
+
 def order_of(dtype: torch.dtype) -> Order:
     """The order as data; where it depends on K and N, as text."""
+    if dtype is torch.float32 and tf32_asked():
+        return TF32
     if dtype in (torch.bfloat16, torch.float16):
         return Order(f"{fused(STEP)} over k; for some (K, N) in chunks of k, added ascending")
     return PORTABLE if dtype is torch.float32 else serial()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def _span(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_tile(
     a, b, c, add, ws, count, M, N, K, chunk, sam, sak, sbk, sbn, sab, sbb, sdm, sdn, sdb,
     alpha: tl.float32, beta: tl.float32,
@@ -359,13 +360,16 @@ def gemm_tma_chunked(
 def gemm_fold(
     ws, c, add, M, N, K, chunk, whole, sdm, sdn, alpha: tl.float32, beta: tl.float32,
     BM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
     HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Adds the chains of all chunks, ascending, for the tiles from `whole` on; ROWS rows a program.
 
-    A tile has GROUPS parts of BM rows, as `gemm_hopper` and `gemm_single` leave them behind.
+    A tile has GROUPS parts of BM rows, as `gemm_hopper` and `gemm_single` leave them behind. EARLY:
+    it is launched before they end, and waits for all that they wrote.
     """
+    if EARLY:
+        gdc_wait()
     SIZE: tl.constexpr = BM * (BN + BN2)
     PIECES: tl.constexpr = BM // ROWS
     part = tl.program_id(0) // PIECES
@@ -378,8 +382,8 @@ def gemm_fold(
     col = pn * (BN + BN2) + tl.arange(0, BN)[None, :]
     inside = (row < M) & (col < N)
     _fold_part(
-        place + lane * BN + tl.arange(0, BN)[None, :], c, add, row, col, inside, N, splits, sdm, sdn,
-        alpha, beta, SIZE, FEW, HAS_ADD, SCALED,
+        place + lane * BN + tl.arange(0, BN)[None, :], c, add, row, col, inside, N, splits,
+        sdm, sdn, alpha, beta, SIZE, FEW, HAS_ADD, SCALED,
     )  # fmt: skip
     if BN2:
         col2 = pn * (BN + BN2) + BN + tl.arange(0, BN2)[None, :]
@@ -395,12 +399,12 @@ def _fold_part(
     at, c, add, row, col, inside, N, splits, sdm, sdn, alpha, beta,
     SIZE: tl.constexpr, FEW: tl.constexpr, HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    acc = tl.load(at, mask=inside, other=0.0)
+    acc = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
     if FEW:
         for i in tl.static_range(1, FEW):
-            acc += tl.load(at + i * SIZE, mask=inside, other=0.0)
+            acc += tl.load(at + i * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
     else:
         for i in range(1, splits):
-            acc += tl.load(at + i * SIZE, mask=inside, other=0.0)
+            acc += tl.load(at + i * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
     x = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
     tl.store(c + row.to(tl.int64) * N + col, x.to(c.dtype.element_ty), mask=inside)

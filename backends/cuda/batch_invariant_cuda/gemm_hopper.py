@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @gluon.jit
@@ -114,8 +115,8 @@ def _multiply(
     whole, splits, nm, nn, sdm, sdn, alpha, beta,
     WHICH: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
     BN2: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr, APART: gl.constexpr,
-    HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr,
+    APART: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group of four warps: rows WHICH * BM and on of every tile."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -210,14 +211,16 @@ def gemm_ring(
     alpha: gl.float32, beta: gl.float32,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BN2: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr, APART: gl.constexpr,
-    HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr,
+    APART: gl.constexpr, EARLY: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Bulk copies through a ring of STAGES buffers; tiles of BM * GROUPS rows, BN + BN2 columns."""
     nm = gl.cdiv(M, BM * GROUPS)
     nn = gl.cdiv(N, BN + BN2)
     splits = gl.cdiv(K, chunk)
     units = whole + (nm * nn - whole) * splits
+    if EARLY:
+        gdc_launch_dependents()
     abuf = gl.allocate_shared_memory(ad.dtype, [STAGES * GROUPS] + ad.block_type.shape, ad.layout)
     bbuf = gl.allocate_shared_memory(bd.dtype, [STAGES] + bd.block_type.shape, bd.layout)
     if BN2:

@@ -5,12 +5,13 @@ groups of four warps multiply them on the ordinary arithmetic units. Chunks of k
 in one program or in one for each chunk, and are added in ascending order.
 """
 
-# ruff: noqa: RUF005, SIM113  (compiled by Triton, which knows less of Python)
+# ruff: noqa: RUF005, SIM102, SIM108, SIM113  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from batch_invariant_cuda.gemm_hopper import ascending, unit_of
 
@@ -138,14 +139,14 @@ def _multiply(
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "whole"])
 def gemm_fma(
     ad, bd, c, add, ws, count, M, N, K, chunk, whole, sdm, sdn,
     alpha: gl.float32, beta: gl.float32,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, SLICES: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
     ROW_WARPS: gl.constexpr, CHUNKED: gl.constexpr, SPLIT: gl.constexpr, FEW: gl.constexpr,
-    APART: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, EARLY: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BM * GROUPS rows and BN columns; SLICES * 16 of k in a buffer.
 
@@ -157,6 +158,8 @@ def gemm_fma(
     tile, pm, pn, first, last = unit_of(gl.program_id(0), whole, splits, nm, nn, GROUP)
     lo = first * chunk
     hi = gl.minimum(last * chunk, K)
+    if EARLY:
+        gdc_launch_dependents()
     abuf = gl.allocate_shared_memory(
         gl.float32, [STAGES * SLICES * GROUPS] + ad.block_type.shape, ad.layout
     )

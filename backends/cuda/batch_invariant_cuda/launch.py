@@ -52,8 +52,8 @@ def _fold(
     spread = units(p, s) - whole_tiles(p, s, programs)
     same = "ws add M N K chunk whole sdm sdn alpha beta BM GROUPS BN GROUP HAS_ADD SCALED".split()
     arguments = {name: given[name] for name in same}
-    arguments |= {"c": out, "BN2": s.bn2, "ROWS": rows, "FEW": few_chunks(p, s)}
-    return gemm.gemm_fold, spread * s.bm // rows, arguments, {"num_warps": 4}
+    arguments |= {"c": out, "BN2": s.bn2, "ROWS": rows, "FEW": few_chunks(p, s), "EARLY": s.early}
+    return gemm.gemm_fold, spread * s.bm // rows, arguments, {"num_warps": 4, "launch_pdl": s.early}
 
 
 def _product(
@@ -207,6 +207,7 @@ def _fma(
         "SPLIT": s.split,
         "FEW": count if rows * s.bn * count <= 2**14 else 0,
         "APART": s.apart,
+        "EARLY": s.early,
     }
 
 
@@ -252,6 +253,7 @@ def _ring(
         "CHUNKED": p.chunk > 0,
         "FEW": few_chunks(p, s),
         "APART": s.apart,
+        "EARLY": s.early,
     }
 
 

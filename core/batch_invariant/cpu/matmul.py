@@ -1,8 +1,8 @@
 """Matrix products on CPU by the native GEMM.
 
-fp32: `ops.matmul.PORTABLE`. fp16 and float64: one serial FMA chain over k. bf16: the order of this CPU's matrix
-instructions (`native.bf16_order`), one order per machine. Bits do not depend on M, N, threads or
-memory layout.
+fp32: `ops.matmul.PORTABLE`. fp16 and float64: one serial FMA chain over k. bf16: the order of
+this CPU's matrix instructions (`native.bf16_order`), one order per machine. Bits do not depend on
+M, N, threads or memory layout.
 """
 
 from __future__ import annotations
