@@ -23,6 +23,7 @@ from batch_invariant.order import (
     lanes,
     reversed_groups,
     serial,
+    undeclared,
 )
 from batch_invariant.proof.order.describe import describe
 from batch_invariant.proof.order.fingerprint import (
@@ -89,10 +90,6 @@ def add_fused(x: torch.Tensor) -> torch.Tensor:
 KNOWN: dict[str, tuple[Rows, Order]] = {
     "serial": (add_serial, serial()),
     "chunked": (add_chunks, chunked(32, serial())),
-    "by size": (
-        lambda x: (add_chunks if x.size(1) >= 100 else add_serial)(x),
-        by_size(100, serial(), chunked(32, serial())),
-    ),
     "lanes": (add_lanes, lanes(8, 4096)),
     "fused": (add_fused, fused(16)),
 }
@@ -269,6 +266,18 @@ def test_products(rounded: bool | None, how: str) -> None:
     found = fingerprint(MM, run, torch.float32, 65, rows=2)
     assert found.text == "serial(65)"
     assert found.products == how
+
+
+def test_an_order_that_depends_on_the_number_of_terms() -> None:
+    order = by_size(100, serial(), chunked(32, serial()))
+    assert str(order) == "serial, from 100 terms on chunked(32, serial)"
+    for n, inner in ((1, serial()), (99, serial()), (100, chunked(32, serial()))):
+        tree, wanted = order.tree(n), inner.tree(n)
+        assert tree is not None
+        assert wanted is not None
+        assert digest(tree) == digest(wanted)
+    with pytest.raises(ValueError, match="declares none"):
+        by_size(100, serial(), undeclared("unknown"))
 
 
 def test_a_long_chain_needs_no_recursion() -> None:
@@ -451,7 +460,7 @@ def test_command_catches_a_kernel_whose_order_depends_on_the_batch(
     assert "  variant      2 DIFFERENT orders\n" in out
     assert "M 1 2                  serial(300)  replay 16/16 in float32, FMA" in out
     assert "M 8                    chunked(2 x 150, serial)  replay 16/16 in float32, FMA" in out
-    assert "serial: NOT what is found" in out
+    assert "chunked(512, serial): NOT what is found" in out
     assert "0 of 1 sums have one order, as declared." in out
     # One tree, but not one rounding.
     assert main([*words[:3], "--rows", "2,5", "--op", "linear", "--terms", "40"]) == 1
@@ -472,7 +481,7 @@ def test_command_holds_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fingerprint", "--op", "mm", "--op", "softmax", "--rows", "1,3"]) == 0
     out = capsys.readouterr().out
     assert "M 1 3                  serial(1100)  replay 16/16 in float32, FMA" in out
-    assert "serial: the same" in out
+    assert "serial, from 2048 terms on chunked(512, serial): the same" in out
     assert "2 of 2 sums have one order, as declared." in out
     assert "\x1b" not in out
 

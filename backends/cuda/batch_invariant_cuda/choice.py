@@ -20,7 +20,10 @@ _STEP = {
 """Microseconds for a depth of 64 of one tile, measured on an H200 with one tile on each SM."""
 
 _WAVE, _FOLD = 2.0, 3.5
-"""Microseconds to begin and end a tile, and to add chunks that were spread."""
+"""Microseconds to begin and end a tile, and to begin and end the kernel that adds the chunks."""
+
+_TRAFFIC = 2.5e6
+"""Bytes of chunks that are written and read again in a microsecond, on an H200."""
 
 
 def default(
@@ -37,9 +40,9 @@ def default(
     if m > 64 and bulk:
         return _large(m, n, k, chunk, programs)
     if not bulk:  # few kinds: each is compiled anew for every way in which operands can lie
-        if m > 16:
+        if m > 64:
             return parse("tile 128x128x64 w8 s3" if m > 128 else "tile 64x64x64 w4 s4")
-        return parse(f"tile 16x32x128 w4 s5{split}")
+        return parse(f"tile 64x64x64 w4 s4{split}" if m > 16 else f"tile 16x32x128 w4 s5{split}")
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     if n >= 75 * programs:
         return parse(f"tma {rows}x128x128 w4 s{5 if rows == 16 else 4} swap{split}")
@@ -60,8 +63,9 @@ def _large(m: int, n: int, k: int, chunk: int, programs: int) -> Schedule:
         if chunk:
             units = cdiv(m, s.bm) * cdiv(n, s.bn + s.bn2) * cdiv(k, chunk)
             cost = cdiv(units, programs) * (step * chunk / 64 + _WAVE) + _FOLD
+            cost += 4 * m * n * cdiv(k, chunk) / _TRAFFIC
             if cost < least:
-                best, least = f"{text} split", cost
+                best, least = f"{text} split apart", cost
     return parse(best)
 
 

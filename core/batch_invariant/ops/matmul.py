@@ -1,8 +1,9 @@
 """Contracts of the matrix products: mm, addmm, bmm, baddbmm, linear; matmul is made of them.
 
 Order: fp32 accumulation over k in an order that is a function of (K, N, dtype) alone; addend and
-bias are added in fp32 before the one rounding at the end. fp32 inputs use true fp32 (a backend may
-offer less where the user asks for it by torch's own switches), float64 inputs float64. `PORTABLE` is the order of fp32 inputs in every kernel that is portable.
+bias are added in fp32 before the one rounding at the end. fp32 inputs use true fp32, unless the
+user asks for less by torch's own switches; float64 inputs float64. `PORTABLE` is the order of fp32
+inputs in every kernel that is portable.
 """
 
 from __future__ import annotations
