@@ -126,6 +126,20 @@ def test_every_kind_of_schedule_gives_one_result(dtype, k, n):
                 assert tune.differing(p, parse(text), a, b) == 0, (m, text)
 
 
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
+@pytest.mark.parametrize("way", ["split", "hybrid", "split apart", "hybrid apart early"])
+def test_an_addend_meets_the_sum_of_the_chunks(dtype, way):
+    m, n, k = 600, 1288, 4096
+    a = tune.adversarial(m, k, dtype)
+    b = torch.randn(n, k, device="cuda").to(dtype).t()
+    addend = torch.randn(n, device="cuda").to(dtype).expand(m, n)
+    p = matmul.problem(a, b, addend, True)
+    kernel = "fma 64x64x32 w4 s6" if dtype is torch.float32 else "ring 64x64+32x64 w4 s8"
+    expected = launch.run(p, choice.contract(dtype), a, b, addend, 1.5, 0.5)
+    found = launch.run(p, parse(f"{kernel} {way}"), a, b, addend, 1.5, 0.5)
+    assert differing(found, expected) == 0
+
+
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("m", [1, 40, 300])
 def test_layouts_and_offsets_change_no_bit(dtype, m):

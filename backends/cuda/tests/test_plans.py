@@ -8,7 +8,17 @@ import torch
 pytest.importorskip("triton", reason="needs Triton: pip install 'batch-invariant-cuda[runtime]'")
 
 from batch_invariant.errors import ConfigurationError
-from batch_invariant_cuda import attention, choice, matmul, problem, row_launch
+from batch_invariant_cuda import (
+    attention,
+    choice,
+    gemm,
+    gemm_double,
+    gemm_hopper,
+    gemm_single,
+    matmul,
+    problem,
+    row_launch,
+)
 from batch_invariant_cuda.chunks import chunk_of
 from batch_invariant_cuda.schedules import parse, read
 
@@ -60,6 +70,17 @@ def test_tf32_is_computed_by_tiles_alone(monkeypatch):
         )  # fmt: skip
         assert p.refuses(matmul.schedule_for(p, gpu)) is None
         assert "TF32" in str(p.refuses(parse("fma 64x64x32 w4 s6")))
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows():
+    kernels = (
+        *(gemm.gemm_tile, gemm.gemm_tma, gemm.gemm_tma_chunked, gemm.gemm_fold),
+        *(gemm_hopper.gemm_ring, gemm_single.gemm_fma, gemm_double.gemm_double),
+    )
+    for kernel in kernels:
+        (rows,) = [param for param in kernel.params if param.name == "M"]
+        assert rows.do_not_specialize, kernel
+    assert not gemm.gemm_tile.params[7].do_not_specialize, "N: its alignment widens the stores"
 
 
 @pytest.mark.parametrize(
