@@ -22,6 +22,9 @@ _STEP = {
 _WAVE, _FOLD = 2.0, 3.5
 """Microseconds to begin and end a tile, and to begin and end the kernel that adds the chunks."""
 
+_MOST_SPREAD = 2**14
+"""Chunks of an fp32 tile that are worth their room in memory: 256 MiB."""
+
 _TRAFFIC = 2.5e6
 """Bytes of chunks that are written and read again in a microsecond, on an H200."""
 
@@ -36,7 +39,7 @@ def default(
     """
     split = " split" if chunk else ""
     if dtype is torch.float32:
-        return _single(m, n, bulk, split, programs)
+        return _single(m, n, bulk, cdiv(k, chunk) if chunk else 0, programs)
     if m > 64 and bulk:
         return _large(m, n, k, chunk, programs)
     if not bulk:  # few kinds: each is compiled anew for every way in which operands can lie
@@ -69,8 +72,9 @@ def _large(m: int, n: int, k: int, chunk: int, programs: int) -> Schedule:
     return parse(best)
 
 
-def _single(m: int, n: int, bulk: bool, split: str, programs: int) -> Schedule:
-    """fp32 on the ordinary arithmetic units; split: how, or nothing where there are no chunks."""
+def _single(m: int, n: int, bulk: bool, chunks: int, programs: int) -> Schedule:
+    """fp32 on the ordinary arithmetic units; chunks: how many may be computed side by side."""
+    split = " split" if chunks else ""
     if not bulk:
         if m <= 16:
             return parse(f"tile 16x32x64 w4 s3{split}")
@@ -84,7 +88,9 @@ def _single(m: int, n: int, bulk: bool, split: str, programs: int) -> Schedule:
         return parse(f"fma {rows}x128x32 w4 s4 c{2 if rows == 32 else 3}{split}")
     whole = 2 * programs
     tiles = cdiv(m, 64) * cdiv(n, 64)
-    if not split or tiles % whole == 0 or whole - tiles % whole < whole // 16:
+    spread = tiles % whole
+    full = spread == 0 or whole - spread < whole // 16
+    if not chunks or full or spread * chunks > _MOST_SPREAD:
         return parse("fma 64x64x32 w4 s6 c2")
     if tiles < whole // 2:
         return parse("fma 64x64x32 w4 s4 c3 split apart early")
