@@ -50,7 +50,7 @@ def test_doctor_json() -> None:
     assert report["ready"] is True
     (cpu,) = [b for b in report["backends"] if b["name"] == "cpu"]
     assert cpu["missing"] == []
-    assert cpu["ops"]["mm"]["float32"] == {
+    assert cpu["ops"]["mm"]["float16"] == {
         "guarantee": "schedule",
         "order": "serial",
         "portable": True,

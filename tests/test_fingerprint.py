@@ -16,12 +16,14 @@ from batch_invariant.ops import CONTRACTS
 from batch_invariant.order import (
     Order,
     Tree,
+    by_size,
     chunked,
     digest,
     fused,
     lanes,
     reversed_groups,
     serial,
+    undeclared,
 )
 from batch_invariant.proof.order.describe import describe
 from batch_invariant.proof.order.fingerprint import (
@@ -266,13 +268,37 @@ def test_products(rounded: bool | None, how: str) -> None:
     assert found.products == how
 
 
+def test_an_order_that_depends_on_the_number_of_terms() -> None:
+    order = by_size(100, serial(), chunked(32, serial()))
+    assert str(order) == "serial, from 100 terms on chunked(32, serial)"
+    for n, inner in ((1, serial()), (99, serial()), (100, chunked(32, serial()))):
+        tree, wanted = order.tree(n), inner.tree(n)
+        assert tree is not None
+        assert wanted is not None
+        assert digest(tree) == digest(wanted)
+    with pytest.raises(ValueError, match="declares none"):
+        by_size(100, serial(), undeclared("unknown"))
+
+
 def test_a_long_chain_needs_no_recursion() -> None:
     kernel = selector.kernels("cpu")["mm"]
     run = kernel_run(MM, selector.current_backend("cpu"), kernel)
-    found = fingerprint(MM, run, torch.float32, 4096, rows=2)
-    assert found.text == "serial(4096)"
+    found = fingerprint(MM, run, torch.float32, 2047, rows=2)
+    assert found.text == "serial(2047)"
     assert found.row == 0
     repr(found)
+
+
+@pytest.mark.parametrize("k", [2047, 2048, 2500])
+def test_the_cpus_chunks_of_fp32_are_the_declared_ones(k: int) -> None:
+    kernel = selector.kernels("cpu")["mm"]
+    run = kernel_run(MM, selector.current_backend("cpu"), kernel)
+    tree = kernel.order_of(torch.float32).tree(k)
+    assert tree is not None
+    for rows in (1, 40):
+        found = fingerprint(MM, run, torch.float32, k, rows=rows)
+        assert found.digest == digest(tree)
+        assert found.text.startswith("serial" if k < 2048 else "chunked(")
 
 
 # Sums of terms that cannot be negative.
@@ -434,7 +460,7 @@ def test_command_catches_a_kernel_whose_order_depends_on_the_batch(
     assert "  variant      2 DIFFERENT orders\n" in out
     assert "M 1 2                  serial(300)  replay 16/16 in float32, FMA" in out
     assert "M 8                    chunked(2 x 150, serial)  replay 16/16 in float32, FMA" in out
-    assert "serial: NOT what is found" in out
+    assert "chunked(512, serial): NOT what is found" in out
     assert "0 of 1 sums have one order, as declared." in out
     # One tree, but not one rounding.
     assert main([*words[:3], "--rows", "2,5", "--op", "linear", "--terms", "40"]) == 1
@@ -455,7 +481,7 @@ def test_command_holds_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fingerprint", "--op", "mm", "--op", "softmax", "--rows", "1,3"]) == 0
     out = capsys.readouterr().out
     assert "M 1 3                  serial(1100)  replay 16/16 in float32, FMA" in out
-    assert "serial: the same" in out
+    assert "serial, from 2048 terms on chunked(512, serial): the same" in out
     assert "2 of 2 sums have one order, as declared." in out
     assert "\x1b" not in out
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from batch_invariant.cpu import native
+from batch_invariant.cpu.matmul import product
 from replay import AMX, DOT, SERIAL, cancelling, fma32, powers, replay, replay_bf16, same
 
-PACK = struct.Struct("=6qQ2qQ3qQ3qQ4q2d").pack
+PACK = struct.Struct("=7qQ2qQ3qQ3qQ4q2d").pack
 CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 KN, NK = 0, 1
 
@@ -44,6 +45,7 @@ def gemm(
     alpha: float = 1.0,
     beta: float = 1.0,
     threads: int = 1,
+    chunk: int = 0,
     library: Any = LIBRARY,
 ) -> torch.Tensor:
     """`alpha * a @ b + beta * addend`; a: [.., M, K], b: [.., N, K] (NK) or [.., K, N] (KN)."""
@@ -59,7 +61,7 @@ def gemm(
         where, steps = full.data_ptr(), (full.stride(1), full.stride(2), full.stride(0))
     status = library.bi_gemm(
         PACK(
-            CODE[a.dtype], CODE[out.dtype], m, n, k, batch,
+            CODE[a.dtype], CODE[out.dtype], m, n, k, batch, chunk,
             a3.data_ptr(), a3.stride(1), a3.stride(0),
             b3.data_ptr(), layout, b3.stride(1), b3.stride(0),
             where, *steps,
@@ -115,6 +117,44 @@ def test_float64_is_one_serial_fma_chain() -> None:
             for x, y in zip(a[i].tolist(), b[j].tolist(), strict=True):
                 acc = fma(x, y, acc)
             assert got[i, j].item() == acc
+
+
+def in_chunks(a: torch.Tensor, b: torch.Tensor, chunk: int) -> torch.Tensor:
+    """A chain for each chunk of k, added ascending."""
+    parts = [replay(x, y) for x, y in zip(a.split(chunk, 1), b.split(chunk, 1), strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+@pytest.mark.parametrize("chunk", [256, 512])
+@pytest.mark.parametrize("k", [513, 1024, 1300, 2065])
+def test_chunks_are_added_ascending(chunk: int, k: int) -> None:
+    for m, n in ((1, 1), (1, 70), (7, 45), (70, 33), (33, 2)):
+        a, b = cancelling(m, k, torch.float32), powers(n, k, torch.float32)
+        b *= torch.randn(n, k, generator=torch.Generator().manual_seed(k))
+        want = in_chunks(a, b, chunk)
+        for right, layout in ((b, NK), (b.mT.contiguous(), KN)):
+            for threads in (1, 2):
+                assert same(gemm(a, right, layout, chunk=chunk, threads=threads), want)
+    assert not same(gemm(a, b), want), "the data would not show another order"
+    assert not same(want, in_chunks(a.flip(1), b.flip(1), chunk))
+
+
+def test_negative_zero_is_kept_by_the_first_chunk() -> None:
+    """A sum that underflows to -0 stays -0 where the other chunks are -0 too."""
+    a, b = torch.full((1, 1024), -(2.0**-100)), torch.full((3, 1024), 2.0**-100)
+    want = in_chunks(a, b, 512)
+    assert torch.signbit(want).all()
+    assert same(gemm(a, b, chunk=512), want)
+
+
+def test_products_of_fp32_have_the_declared_chunks() -> None:
+    for k in (2047, 2048, 4096):
+        a, b = cancelling(3, k, torch.float32), torch.randn(9, k)
+        want = in_chunks(a, b, 512) if k >= 2048 else replay(a, b)
+        assert same(product(a, b.mT), want)
 
 
 def test_the_replay_tells_orders_apart() -> None:
@@ -351,9 +391,11 @@ def test_a_forked_child_computes_on() -> None:
         ((0, 2), "unsupported dtype"),
         ((1, 0), "unsupported dtype"),
         ((0, 0, -1), "invalid argument"),
-        ((0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 5), "invalid argument"),
+        ((0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 5), "invalid argument"),
+        ((0, 0, 1, 1, 1, 1, 100), "invalid argument"),
+        ((2, 2, 1, 1, 1, 1, 512), "invalid argument"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(fields: tuple[int, ...], reason: str) -> None:
-    rest = (0,) * (22 - len(fields))
+    rest = (0,) * (23 - len(fields))
     assert native.STATUS[LIBRARY.bi_gemm(PACK(*fields, *rest, 1.0, 0.0))] == reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -81,6 +81,32 @@ class Gap:
             raise ValueError("a gap without a reason: say why the backend does not keep this yet")
 
 
+class Tuner(Protocol):
+    """How `bi tune` finds schedules for the machine at hand. A schedule decides speed alone.
+
+    dtypes: names of those that have schedules, the default first.
+    """
+
+    dtypes: Sequence[str]
+
+    def tune(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtypes: Sequence[str],
+        step: Callable[[str], None],
+    ) -> Mapping[str, Any]:
+        """A table for products of these (K, N), as data for JSON; `step` hears of each result.
+
+        Only schedules with the bits of the contract are timed.
+        """
+
+    def refused(self, data: Any, source: str) -> Sequence[str]:
+        """The lines of a table that must not be used here, each with its reason.
+
+        ConfigurationError where `data`, which comes from `source`, is no table.
+        """
+
+
 class Backend(abc.ABC):
     """A vendor's kernels for one torch device type.
 
@@ -119,6 +145,10 @@ class Backend(abc.ABC):
     def gaps(self) -> Sequence[Gap]:
         """What this backend is known not to keep; everything else is checked and must hold."""
         return ()
+
+    def tuner(self) -> Tuner | None:
+        """What `bi tune` calls; None where there is nothing to tune. Asked if `probe` says ok."""
+        return None
 
     def activate(self) -> None:
         """Sets vendor switches (determinism levels, fused features off) when it is selected."""

@@ -67,15 +67,23 @@ def fused(width: int) -> Order:
 
 def chunked(size: int, inner: Order) -> Order:
     """Chunks of `size` terms, each added in the order `inner`, then one after another."""
-    within = inner.build
-    if within is None:
-        raise ValueError(f"chunks need an order inside them; {inner} declares none")
+    within = _builder(inner)
 
     def build(leaves: Sequence[int]) -> Tree:
         starts = range(0, len(leaves), size)
         return _chain(within(leaves[begin : begin + size]) for begin in starts)
 
     return Order(f"chunked({size}, {inner})", build)
+
+
+def by_size(limit: int, fewer: Order, others: Order) -> Order:
+    """`fewer` for sums of less than `limit` terms, `others` from there on."""
+    short, long = _builder(fewer), _builder(others)
+
+    def build(leaves: Sequence[int]) -> Tree:
+        return (short if len(leaves) < limit else long)(leaves)
+
+    return Order(f"{fewer}, from {limit} terms on {others}", build)
 
 
 def lanes(count: int, segment: int) -> Order:
@@ -136,6 +144,12 @@ def fold(tree: Tree, leaf: Callable[[int], T], node: Callable[[list[T]], T]) -> 
         else:
             stack.append(iter(part))
             results.append([])
+
+
+def _builder(inner: Order) -> Callable[[Sequence[int]], Tree]:
+    if inner.build is None:
+        raise ValueError(f"an order made of others needs their trees; {inner} declares none")
+    return inner.build
 
 
 def _chain(parts: Iterable[Tree]) -> Tree:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from batch_invariant.backend import API_VERSION, Availability, Backend, Gap, Kernel
+from batch_invariant.backend import API_VERSION, Availability, Backend, Gap, Kernel, Tuner
 from batch_invariant.errors import BackendUnavailable
 
 FAMILIES = (
@@ -86,6 +86,12 @@ class CudaBackend(Backend):
         from batch_invariant_cuda.harmless import HARMLESS
 
         return HARMLESS
+
+    def tuner(self) -> Tuner:
+        """Schedules of the matrix products."""
+        from batch_invariant_cuda.tune import CudaTuner
+
+        return CudaTuner()
 
     def gaps(self) -> Sequence[Gap]:
         """The operators without a kernel."""

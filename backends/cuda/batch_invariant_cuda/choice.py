@@ -19,15 +19,14 @@ _STEP = {
 }
 """Microseconds for a depth of 64 of one tile, measured on an H200 with one tile on each SM."""
 
-_STEP_FMA = {
-    "fma 128x128x16 w8 s8": 6.4,
-    "fma 64x64x32 w4 s6": 1.8,
-    "fma 64x32x64 w4 s5": 1.0,
-}
-"""The same for fp32."""
-
 _WAVE, _FOLD = 2.0, 3.5
-"""Microseconds to begin and end a tile, and to add chunks that were spread."""
+"""Microseconds to begin and end a tile, and to begin and end the kernel that adds the chunks."""
+
+_MOST_SPREAD = 2**14
+"""Chunks of an fp32 tile that are worth their room in memory: 256 MiB."""
+
+_TRAFFIC = 2.5e6
+"""Bytes of chunks that are written and read again in a microsecond, on an H200."""
 
 
 def default(
@@ -40,14 +39,14 @@ def default(
     """
     split = " split" if chunk else ""
     if dtype is torch.float32:
-        return _single(m, n, k, bulk, programs)
+        return _single(m, n, bulk, cdiv(k, chunk) if chunk else 0, programs)
     if m > 64 and bulk:
         return _large(m, n, k, chunk, programs)
-    if m > 64:
-        return parse("tile 128x128x64 w8 s3" if m > 128 else "tile 64x64x64 w4 s4")
+    if not bulk:  # few kinds: each is compiled anew for every way in which operands can lie
+        if m > 64:
+            return parse("tile 128x128x64 w8 s3" if m > 128 else "tile 64x64x64 w4 s4")
+        return parse(f"tile 64x64x64 w4 s4{split}" if m > 16 else f"tile 16x32x128 w4 s5{split}")
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
-    if not bulk:
-        return parse(f"tile {rows}x32x128 w4 s5{split}")
     if n >= 75 * programs:
         return parse(f"tma {rows}x128x128 w4 s{5 if rows == 16 else 4} swap{split}")
     if rows == 16:
@@ -67,25 +66,42 @@ def _large(m: int, n: int, k: int, chunk: int, programs: int) -> Schedule:
         if chunk:
             units = cdiv(m, s.bm) * cdiv(n, s.bn + s.bn2) * cdiv(k, chunk)
             cost = cdiv(units, programs) * (step * chunk / 64 + _WAVE) + _FOLD
+            cost += 4 * m * n * cdiv(k, chunk) / _TRAFFIC
             if cost < least:
-                best, least = f"{text} split", cost
+                best, least = f"{text} split apart", cost
     return parse(best)
 
 
-def _single(m: int, n: int, k: int, bulk: bool, programs: int) -> Schedule:
-    """fp32 on the ordinary arithmetic units."""
+def _single(m: int, n: int, bulk: bool, chunks: int, programs: int) -> Schedule:
+    """fp32 on the ordinary arithmetic units; chunks: how many may be computed side by side."""
+    split = " split" if chunks else ""
     if not bulk:
         if m <= 16:
-            return parse("tile 16x32x64 w4 s3")
+            return parse(f"tile 16x32x64 w4 s3{split}")
         if m * n < 64 * 64 * 128:
-            return parse("tile 32x64x32 w4 s3")
+            return parse(f"tile 32x64x32 w4 s3{split}")
         return parse("tile 128x64x16 w4 s3" if m * n < 128**3 else "tile 128x128x16 w4 s3")
-    if m <= 16:
-        width = 16 if n <= 16 * programs else 32 if n <= 32 * programs else 64
-        return parse(f"fma 16x{width}x128 w4 s{5 if width == 16 else 4}")
     if m <= 32:
-        return parse(f"fma {16 if n <= 32 * programs else 32}x64x64 w4 s4")
-    return parse(min(_STEP_FMA, key=lambda text: _cost(text, _STEP_FMA[text], m, n, k, programs)))
+        rows = 8 if m <= 8 else 16 if m <= 16 else 32
+        if n <= 16 * programs:
+            return parse(f"fma {rows}x64x32 w4 s5 c{3 if rows == 32 else 4}{split}")
+        return parse(f"fma {rows}x128x32 w4 s4 c{2 if rows == 32 else 3}{split}")
+    whole = 2 * programs
+    tiles = cdiv(m, 64) * cdiv(n, 64)
+    spread = tiles % whole
+    full = spread == 0 or whole - spread < whole // 16
+    if not chunks or full or spread * chunks > _MOST_SPREAD:
+        return parse("fma 64x64x32 w4 s6 c2")
+    if tiles < whole // 2:
+        return parse("fma 64x64x32 w4 s4 c3 split apart early")
+    return parse("fma 64x64x64 w4 s3 c2 hybrid apart early")
+
+
+def tf32(m: int, n: int) -> Schedule:
+    """For fp32 operands in TF32: schedules that were seen to have the bits of the contract's."""
+    if m <= 16:
+        return parse("tile 16x64x32 w4 s4 swap")
+    return parse("tile 64x64x32 w4 s4" if m * n < 128**3 else "tile 128x128x32 w8 s3")
 
 
 def _cost(text: str, step: float, m: int, n: int, k: int, programs: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _folded(
 def _span(
     pa, pb, sak, sbk, lo, hi, in_m, in_n,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr,
+    EVEN_K: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chain over [lo, hi); pa and pb point at its first block. Padding with zeros adds none."""
     ok = tl.arange(0, BK)
@@ -95,27 +96,27 @@ def _span(
             x = tl.load(pa, mask=in_m & in_k if MASK_M else in_k, other=0.0)
             y = tl.load(pb, mask=in_n & in_k if MASK_N else in_k, other=0.0)
         if SWAP:
-            acc = tl.dot(y, x.T, acc, input_precision="ieee")
+            acc = tl.dot(y, x.T, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(x, y.T, acc, input_precision="ieee")
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
         pa += BK * sak
         pb += BK * sbk
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_tile(
     a, b, c, add, ws, count, M, N, K, chunk, sam, sak, sbk, sbn, sab, sbb, sdm, sdn, sdb,
     alpha: tl.float32, beta: tl.float32,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr,
     CHUNKED: tl.constexpr, SPLIT: tl.constexpr, FEW: tl.constexpr, BATCHED: tl.constexpr,
-    WIDE: tl.constexpr, HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr, HAS_ADD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pointer loads: any strides, any sizes. SPLIT: one program for each chunk of a tile.
 
     MASK_M, MASK_N: that operand is contiguous along rows, so its edge is masked, not clamped.
-    WIDE: 64-bit offsets.
+    WIDE: 64-bit offsets. PRECISION: of fp32 operands, "ieee" or "tf32".
     """
     pid = tl.program_id(0)
     if WIDE:
@@ -147,7 +148,7 @@ def gemm_tile(
         lo = split * chunk
         acc = _span(
             pa + lo * sak, pb + lo * sbk, sak, sbk, lo, min(lo + chunk, K), in_m, in_n,
-            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N,
+            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
         )  # fmt: skip
         done, acc, _ = _folded(
             acc, acc, ws, count, unit, split, splits,
@@ -157,19 +158,22 @@ def gemm_tile(
         done = True
         acc = _span(
             pa, pb, sak, sbk, 0, min(chunk, K), in_m, in_n,
-            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N,
+            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
         )  # fmt: skip
         lo = chunk
         while lo < K:
             at = lo.to(tl.int64) if WIDE else lo
             acc += _span(
                 pa + at * sak, pb + at * sbk, sak, sbk, lo, min(lo + chunk, K), in_m, in_n,
-                BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N,
+                BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
             )  # fmt: skip
             lo += chunk
     else:
         done = True
-        acc = _span(pa, pb, sak, sbk, 0, K, in_m, in_n, BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N)
+        acc = _span(
+            pa, pb, sak, sbk, 0, K, in_m, in_n,
+            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
+        )  # fmt: skip
     if done:
         if SWAP:
             row = om[None, :]
@@ -350,3 +354,57 @@ def gemm_tma_chunked(
                     c2d, acc2, m0, n0 + BN, add, M, N, sdm, sdn, alpha, beta,
                     BM, BN2, False, HAS_ADD, SCALED, DTYPE,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "whole"])
+def gemm_fold(
+    ws, c, add, M, N, K, chunk, whole, sdm, sdn, alpha: tl.float32, beta: tl.float32,
+    BM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
+    HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Adds the chains of all chunks, ascending, for the tiles from `whole` on; ROWS rows a program.
+
+    A tile has GROUPS parts of BM rows, as `gemm_hopper` and `gemm_single` leave them behind. EARLY:
+    it is launched before they end, and waits for all that they wrote.
+    """
+    if EARLY:
+        gdc_wait()
+    SIZE: tl.constexpr = BM * (BN + BN2)
+    PIECES: tl.constexpr = BM // ROWS
+    part = tl.program_id(0) // PIECES
+    first = tl.program_id(0) % PIECES * ROWS
+    splits = tl.cdiv(K, chunk)
+    pm, pn = _tile_of(whole + part // GROUPS, tl.cdiv(M, BM * GROUPS), tl.cdiv(N, BN + BN2), GROUP)
+    place = ws + part.to(tl.int64) * splits * SIZE
+    lane = first + tl.arange(0, ROWS)[:, None]
+    row = (pm * GROUPS + part % GROUPS) * BM + lane
+    col = pn * (BN + BN2) + tl.arange(0, BN)[None, :]
+    inside = (row < M) & (col < N)
+    _fold_part(
+        place + lane * BN + tl.arange(0, BN)[None, :], c, add, row, col, inside, N, splits,
+        sdm, sdn, alpha, beta, SIZE, FEW, HAS_ADD, SCALED,
+    )  # fmt: skip
+    if BN2:
+        col2 = pn * (BN + BN2) + BN + tl.arange(0, BN2)[None, :]
+        inside2 = (row < M) & (col2 < N)
+        _fold_part(
+            place + BM * BN + lane * BN2 + tl.arange(0, BN2)[None, :], c, add, row, col2, inside2,
+            N, splits, sdm, sdn, alpha, beta, SIZE, FEW, HAS_ADD, SCALED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fold_part(
+    at, c, add, row, col, inside, N, splits, sdm, sdn, alpha, beta,
+    SIZE: tl.constexpr, FEW: tl.constexpr, HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    acc = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+    if FEW:
+        for i in tl.static_range(1, FEW):
+            acc += tl.load(at + i * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
+    else:
+        for i in range(1, splits):
+            acc += tl.load(at + i * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
+    x = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
+    tl.store(c + row.to(tl.int64) * N + col, x.to(c.dtype.element_ty), mask=inside)

@@ -17,10 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @gluon.jit
-def _unit(unit, whole, splits, nm, nn, GROUP: gl.constexpr):
+def unit_of(unit, whole, splits, nm, nn, GROUP: gl.constexpr):
     """A unit's tile and chunks: all chunks of one of the first `whole` tiles, or one of a later."""
     later = unit - whole
     is_whole = later < 0
@@ -34,6 +35,19 @@ def _unit(unit, whole, splits, nm, nn, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def ascending(place, local, splits, inside, SIZE: gl.constexpr, FEW: gl.constexpr):
+    """The sum of the chains that all chunks of a tile left in the workspace."""
+    total = gl.load(place + local, mask=inside, cache_modifier=".cg")
+    if FEW:
+        for i in gl.static_range(1, FEW):
+            total += gl.load(place + i * SIZE + local, mask=inside, cache_modifier=".cg")
+    else:
+        for i in range(1, splits):
+            total += gl.load(place + i * SIZE + local, mask=inside, cache_modifier=".cg")
+    return total
+
+
+@gluon.jit
 def _copy(
     ad, bd, b2d, abuf, bbuf, b2buf, full, free, K, chunk, units, whole, splits, nm, nn,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BN2: gl.constexpr,
@@ -44,7 +58,7 @@ def _copy(
     BYTES: gl.constexpr = (BM * GROUPS + BN + BN2) * BK * 2
     step = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        _, pm, pn, first, last = _unit(unit, whole, splits, nm, nn, GROUP)
+        _, pm, pn, first, last = unit_of(unit, whole, splits, nm, nn, GROUP)
         m0 = pm * (BM * GROUPS)
         n0 = pn * (BN + BN2)
         for k in range(first * chunk, gl.minimum(last * chunk, K), BK):
@@ -102,7 +116,7 @@ def _multiply(
     WHICH: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
     BN2: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr,
-    HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group of four warps: rows WHICH * BM and on of every tile."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -111,7 +125,7 @@ def _multiply(
     SIZE: gl.constexpr = BM * (BN + BN2)
     step = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, pm, pn, first, last = _unit(unit, whole, splits, nm, nn, GROUP)
+        tile, pm, pn, first, last = unit_of(unit, whole, splits, nm, nn, GROUP)
         m0 = pm * (BM * GROUPS) + WHICH * BM
         n0 = pn * (BN + BN2)
         total = gl.zeros([BM, BN], gl.float32, LAYOUT)
@@ -167,26 +181,17 @@ def _multiply(
                 gl.store(place + first * SIZE + local, total)
                 if BN2:
                     gl.store(place + first * SIZE + local2, total2)
-                gl.thread_barrier()
-                arrived = gl.atomic_add(count + mine, 1, sem="acq_rel", scope="gpu")
-                done = arrived == splits - 1
-                if done:
-                    total = gl.load(place + local, cache_modifier=".cg")
-                    if FEW:
-                        for i in gl.static_range(1, FEW):
-                            total += gl.load(place + i * SIZE + local, cache_modifier=".cg")
-                    else:
-                        for i in range(1, splits):
-                            total += gl.load(place + i * SIZE + local, cache_modifier=".cg")
-                    if BN2:
-                        total2 = gl.load(place + local2, cache_modifier=".cg")
-                        if FEW:
-                            for i in gl.static_range(1, FEW):
-                                total2 += gl.load(place + i * SIZE + local2, cache_modifier=".cg")
-                        else:
-                            for i in range(1, splits):
-                                total2 += gl.load(place + i * SIZE + local2, cache_modifier=".cg")
-                    gl.store(count + mine, 0)
+                if APART:
+                    done = False
+                else:
+                    gl.thread_barrier()
+                    arrived = gl.atomic_add(count + mine, 1, sem="acq_rel", scope="gpu")
+                    done = arrived == splits - 1
+                    if done:
+                        total = ascending(place, local, splits, None, SIZE, FEW)
+                        if BN2:
+                            total2 = ascending(place, local2, splits, None, SIZE, FEW)
+                        gl.store(count + mine, 0)
         if done:
             _finish(
                 total, cd, cbuf.index(WHICH), add, m0, n0, M, N, sdm, sdn, alpha, beta,
@@ -207,13 +212,15 @@ def gemm_ring(
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BN2: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr,
-    HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, EARLY: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Bulk copies through a ring of STAGES buffers; tiles of BM * GROUPS rows, BN + BN2 columns."""
     nm = gl.cdiv(M, BM * GROUPS)
     nn = gl.cdiv(N, BN + BN2)
     splits = gl.cdiv(K, chunk)
     units = whole + (nm * nn - whole) * splits
+    if EARLY:
+        gdc_launch_dependents()
     abuf = gl.allocate_shared_memory(ad.dtype, [STAGES * GROUPS] + ad.block_type.shape, ad.layout)
     bbuf = gl.allocate_shared_memory(bd.dtype, [STAGES] + bd.block_type.shape, bd.layout)
     if BN2:
@@ -237,7 +244,7 @@ def gemm_ring(
                 (_multiply, (
                     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N,
                     K, chunk, units, whole, splits, nm, nn, sdm, sdn, alpha, beta,
-                    0, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW,
+                    0, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW, APART,
                     HAS_ADD, SCALED,
                 )),
                 (_copy, (
@@ -254,13 +261,13 @@ def gemm_ring(
                 (_multiply, (
                     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N,
                     K, chunk, units, whole, splits, nm, nn, sdm, sdn, alpha, beta,
-                    0, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW,
+                    0, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW, APART,
                     HAS_ADD, SCALED,
                 )),
                 (_multiply, (
                     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N,
                     K, chunk, units, whole, splits, nm, nn, sdm, sdn, alpha, beta,
-                    1, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW,
+                    1, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW, APART,
                     HAS_ADD, SCALED,
                 )),
                 (_copy, (

@@ -1,29 +1,33 @@
 """fp32 products on Hopper: chains of fused multiply-adds over ascending k, with the CPU's bits.
 
 One warp copies blocks of both operands into a ring of buffers, in slices of 16 along k; one or two
-groups of four warps multiply them on the ordinary arithmetic units.
+groups of four warps multiply them on the ordinary arithmetic units. Chunks of k have a chain each,
+in one program or in one for each chunk, and are added in ascending order.
 """
 
-# ruff: noqa: RUF005, SIM113  (compiled by Triton, which knows less of Python)
+# ruff: noqa: RUF005, SIM102, SIM108, SIM113  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from batch_invariant_cuda.gemm_hopper import ascending, unit_of
 
 SLICE = gl.constexpr(16)
 
 
 @gluon.jit
 def _copy(
-    ad, bd, abuf, bbuf, full, free, K, pm, pn,
+    ad, bd, abuf, bbuf, full, free, lo, hi, pm, pn,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, SLICES: gl.constexpr,
     STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     BYTES: gl.constexpr = (BM * GROUPS + BN) * SLICES * SLICE * 4
     step = 0
-    for k in range(0, K, SLICES * SLICE):
+    for k in range(lo, hi, SLICES * SLICE):
         slot = step % STAGES
         mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
         bar = full.index(slot)
@@ -49,35 +53,12 @@ def _copy(
 
 
 @gluon.jit
-def _multiply(
-    abuf, bbuf, full, free, c, add, M, N, K, pm, pn, sdm, sdn, alpha, beta,
-    WHICH: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
-    SLICES: gl.constexpr, STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
-    ROW_WARPS: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+def _finish(
+    acc, c, add, row, col, inside, N, sdm, sdn, alpha, beta,
+    BM: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr,
+    HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """One multiplying group of four warps: rows WHICH * BM and on of the tile."""
-    # Lanes take columns that lie side by side: their reads meet different banks.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [ROW_WARPS, 4 // ROW_WARPS], [1, 0])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 0)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, LAYOUT, 0)
-    acc = gl.zeros([BM, BN], gl.float32, LAYOUT)
-    step = 0
-    for _ in range(0, K, SLICES * SLICE):
-        slot = step % STAGES
-        mbarrier.wait(full.index(slot), step // STAGES & 1)
-        for j in gl.static_range(SLICES):
-            x = abuf.index((slot * SLICES + j) * GROUPS + WHICH)
-            y = bbuf.index(slot * SLICES + j)
-            if not A_K:
-                x = x.permute((1, 0))
-            if B_K:
-                y = y.permute((1, 0))
-            acc = gl.dot_fma(x.load(LEFT), y.load(RIGHT), acc)
-        mbarrier.arrive(free.index(slot))
-        step += 1
-    row = ((pm * GROUPS + WHICH) * BM + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT)))[:, None]
-    col = (pn * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT)))[None, :]
-    inside = (row < M) & (col < N)
+    """alpha * sum, then fma(beta, addend, that); every NaN becomes the one quiet NaN."""
     if SCALED:
         acc = acc * alpha
     if HAS_ADD:
@@ -87,21 +68,98 @@ def _multiply(
     gl.store(c + row.to(gl.int64) * N + col, acc, mask=inside)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit
+def _multiply(
+    abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last, splits, spread,
+    sdm, sdn, alpha, beta,
+    WHICH: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
+    SLICES: gl.constexpr, STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
+    ROW_WARPS: gl.constexpr, CHUNKED: gl.constexpr, SPLIT: gl.constexpr, FEW: gl.constexpr,
+    APART: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """One multiplying group of four warps: rows WHICH * BM and on of the tile.
+
+    It adds the chunks from `first` up to `last`; `spread` numbers the tiles whose chunks are
+    computed by several programs, of which the last to arrive adds what all left in the workspace.
+    """
+    # Lanes take columns that lie side by side: their reads meet different banks.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [ROW_WARPS, 4 // ROW_WARPS], [1, 0])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 0)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, LAYOUT, 0)
+    total = gl.zeros([BM, BN], gl.float32, LAYOUT)
+    step = 0
+    for part in range(first, last):
+        acc = gl.zeros([BM, BN], gl.float32, LAYOUT)
+        lo = part * chunk
+        for _ in range(lo, gl.minimum(lo + chunk, K), SLICES * SLICE):
+            slot = step % STAGES
+            mbarrier.wait(full.index(slot), step // STAGES & 1)
+            for j in gl.static_range(SLICES):
+                x = abuf.index((slot * SLICES + j) * GROUPS + WHICH)
+                y = bbuf.index(slot * SLICES + j)
+                if not A_K:
+                    x = x.permute((1, 0))
+                if B_K:
+                    y = y.permute((1, 0))
+                acc = gl.dot_fma(x.load(LEFT), y.load(RIGHT), acc)
+            mbarrier.arrive(free.index(slot))
+            step += 1
+        if CHUNKED:
+            # The first chain is the sum so far; it is not added to zero, which would lose -0.
+            total = gl.where(part > first, total + acc, acc)
+        else:
+            total = acc
+    row = ((pm * GROUPS + WHICH) * BM + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT)))[:, None]
+    col = (pn * BN + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT)))[None, :]
+    inside = (row < M) & (col < N)
+    done = True
+    if SPLIT:
+        if last - first < splits:
+            SIZE: gl.constexpr = BM * BN
+            mine = spread * GROUPS + WHICH
+            place = ws + mine.to(gl.int64) * splits * SIZE
+            local = (
+                gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))[:, None] * BN
+                + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))[None, :]
+            )
+            gl.store(place + first * SIZE + local, total, mask=inside)
+            if APART:
+                done = False
+            else:
+                gl.thread_barrier()
+                arrived = gl.atomic_add(count + mine, 1, sem="acq_rel", scope="gpu")
+                done = arrived == splits - 1
+                if done:
+                    total = ascending(place, local, splits, inside, SIZE, FEW)
+                    gl.store(count + mine, 0)
+    if done:
+        _finish(
+            total, c, add, row, col, inside, N, sdm, sdn, alpha, beta, BM, BN, LAYOUT,
+            HAS_ADD, SCALED,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "whole"])
 def gemm_fma(
-    ad, bd, c, add, M, N, K, sdm, sdn, alpha: gl.float32, beta: gl.float32,
+    ad, bd, c, add, ws, count, M, N, K, chunk, whole, sdm, sdn,
+    alpha: gl.float32, beta: gl.float32,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, SLICES: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
-    ROW_WARPS: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    ROW_WARPS: gl.constexpr, CHUNKED: gl.constexpr, SPLIT: gl.constexpr, FEW: gl.constexpr,
+    APART: gl.constexpr, EARLY: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of BM * GROUPS rows and BN columns, one program each; SLICES * 16 of k in a buffer."""
+    """Tiles of BM * GROUPS rows and BN columns; SLICES * 16 of k in a buffer.
+
+    One program for each of the first `whole` tiles, and, if SPLIT, one for each chunk of a later.
+    """
     nm = gl.cdiv(M, BM * GROUPS)
     nn = gl.cdiv(N, BN)
-    per = GROUP * nn
-    top = gl.program_id(0) // per * GROUP
-    rows = gl.minimum(nm - top, GROUP)
-    pm = top + (gl.program_id(0) % per) % rows
-    pn = (gl.program_id(0) % per) // rows
+    splits = gl.cdiv(K, chunk)
+    tile, pm, pn, first, last = unit_of(gl.program_id(0), whole, splits, nm, nn, GROUP)
+    lo = first * chunk
+    hi = gl.minimum(last * chunk, K)
+    if EARLY:
+        gdc_launch_dependents()
     abuf = gl.allocate_shared_memory(
         gl.float32, [STAGES * SLICES * GROUPS] + ad.block_type.shape, ad.layout
     )
@@ -116,11 +174,13 @@ def gemm_fma(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    abuf, bbuf, full, free, c, add, M, N, K, pm, pn, sdm, sdn, alpha, beta,
-                    0, BM, GROUPS, BN, SLICES, STAGES, A_K, B_K, ROW_WARPS, HAS_ADD, SCALED,
+                    abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last,
+                    splits, tile - whole, sdm, sdn, alpha, beta, 0, BM, GROUPS, BN, SLICES,
+                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, HAS_ADD,
+                    SCALED,
                 )),
                 (_copy, (
-                    ad, bd, abuf, bbuf, full, free, K, pm, pn,
+                    ad, bd, abuf, bbuf, full, free, lo, hi, pm, pn,
                     BM, GROUPS, BN, SLICES, STAGES, A_K, B_K,
                 )),
             ],
@@ -131,15 +191,19 @@ def gemm_fma(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    abuf, bbuf, full, free, c, add, M, N, K, pm, pn, sdm, sdn, alpha, beta,
-                    0, BM, GROUPS, BN, SLICES, STAGES, A_K, B_K, ROW_WARPS, HAS_ADD, SCALED,
+                    abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last,
+                    splits, tile - whole, sdm, sdn, alpha, beta, 0, BM, GROUPS, BN, SLICES,
+                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, HAS_ADD,
+                    SCALED,
                 )),
                 (_multiply, (
-                    abuf, bbuf, full, free, c, add, M, N, K, pm, pn, sdm, sdn, alpha, beta,
-                    1, BM, GROUPS, BN, SLICES, STAGES, A_K, B_K, ROW_WARPS, HAS_ADD, SCALED,
+                    abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last,
+                    splits, tile - whole, sdm, sdn, alpha, beta, 1, BM, GROUPS, BN, SLICES,
+                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, HAS_ADD,
+                    SCALED,
                 )),
                 (_copy, (
-                    ad, bd, abuf, bbuf, full, free, K, pm, pn,
+                    ad, bd, abuf, bbuf, full, free, lo, hi, pm, pn,
                     BM, GROUPS, BN, SLICES, STAGES, A_K, B_K,
                 )),
             ],

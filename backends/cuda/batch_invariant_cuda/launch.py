@@ -27,7 +27,36 @@ DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float
 Launch = tuple[Any, int, dict[str, Any], dict[str, Any]]
 
 
-def prepare(
+def launches(
+    p: Problem,
+    s: Schedule,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    addend: torch.Tensor | None,
+    workspace: torch.Tensor,
+    count: torch.Tensor,
+    programs: int,
+) -> list[Launch]:
+    """What is launched, one after another: the product, and the sum of chunks that stand apart."""
+    first = _product(p, s, a, b, out, addend, workspace, count, programs)
+    return [first, _fold(p, s, out, first[2], programs)] if s.apart else [first]
+
+
+def _fold(
+    p: Problem, s: Schedule, out: torch.Tensor, given: dict[str, Any], programs: int
+) -> Launch:
+    """`gemm.gemm_fold`, from the arguments of the kernel that leaves the chunks behind."""
+    groups = s.warps // 4
+    rows = min(1024 // s.bn, s.bm // groups)
+    spread = units(p, s) - whole_tiles(p, s, programs)
+    same = "ws add M N K chunk whole sdm sdn alpha beta BM GROUPS BN GROUP HAS_ADD SCALED".split()
+    arguments = {name: given[name] for name in same}
+    arguments |= {"c": out, "BN2": s.bn2, "ROWS": rows, "FEW": few_chunks(p, s), "EARLY": s.early}
+    return gemm.gemm_fold, spread * s.bm // rows, arguments, {"num_warps": 4, "launch_pdl": s.early}
+
+
+def _product(
     p: Problem,
     s: Schedule,
     a: torch.Tensor,
@@ -38,7 +67,7 @@ def prepare(
     count: torch.Tensor,
     programs: int,
 ) -> Launch:
-    """The kernel, its grid, its arguments and its compile options."""
+    """The kernel of the product, its grid, its arguments and its compile options."""
     add_strides = p.addend or (0, 0, 0)
     common: dict[str, Any] = {
         "add": out if addend is None else addend,
@@ -82,17 +111,19 @@ def prepare(
             "FEW": few_chunks(p, s),
             "BATCHED": p.batch > 1,
             "WIDE": p.wide(),
+            "PRECISION": "tf32" if p.tf32 else "ieee",
         }
         return gemm.gemm_tile, grid, arguments, options
     if s.persistent or (p.chunk and not s.split):
         grid = min(grid, programs)
     if s.kernel == "fma":
-        fma = _fma(p, s, a, b, out, common)
-        return gemm_single.gemm_fma, grid, fma, {"num_warps": 4}
+        common |= {"ws": workspace, "count": count}
+        grid, arguments = _fma(p, s, a, b, out, common, programs)
+        return gemm_single.gemm_fma, grid, arguments, _shared(s)
     if s.kernel == "ring":
         common |= {"ws": workspace, "count": count}
         grid, arguments = _ring(p, s, a, b, out, common, programs)
-        return gemm_hopper.gemm_ring, grid, arguments, {"num_warps": 4}
+        return gemm_hopper.gemm_ring, grid, arguments, _shared(s)
     a_box = [s.bm, s.bk] if p.a_along_k else [s.bk, s.bm]
     half = s.bn // 2 if s.halves else s.bn
     wide = s.bn2 or s.bn
@@ -131,6 +162,14 @@ def _described(x: torch.Tensor, box: list[int]) -> GluonDescriptor:
     return GluonDescriptor.from_tensor(x, box, layout)
 
 
+def _shared(s: Schedule) -> dict[str, Any]:
+    """Options of a kernel with warps of their own for copies: registers for `beside` programs."""
+    if s.beside == 1:
+        return {"num_warps": 4}
+    threads = 32 * (s.warps + 4)  # the copying warp counts as a group of four
+    return {"num_warps": 4, "maxnreg": 2**16 // (s.beside * threads) // 8 * 8}
+
+
 def _fma(
     p: Problem,
     s: Schedule,
@@ -138,17 +177,24 @@ def _fma(
     b: torch.Tensor,
     out: torch.Tensor,
     common: dict[str, Any],
-) -> dict[str, Any]:
-    """Arguments of `gemm_single.gemm_fma`."""
+    programs: int,
+) -> tuple[int, dict[str, Any]]:
+    """Grid and arguments of `gemm_single.gemm_fma`."""
     groups = s.warps // 4
     rows = s.bm // groups
+    tiles = units(p, s)
+    whole = whole_tiles(p, s, programs)
+    chunk = p.chunk or p.k
     left = _described(a, [rows, 16]) if p.a_along_k else _described(a.mT, [16, rows])
     right = _described(b.mT, [s.bn, 16]) if p.b_along_k else _described(b, [16, s.bn])
-    return {
+    count = cdiv(p.k, chunk)  # unrolled where a thread has registers for all chunks' values
+    return whole + (tiles - whole) * count, {
         **common,
         "ad": left,
         "bd": right,
         "c": out,
+        "chunk": chunk,
+        "whole": whole,
         "BM": rows,
         "GROUPS": groups,
         "SLICES": s.bk // 16,
@@ -157,6 +203,11 @@ def _fma(
         "A_K": p.a_along_k,
         "B_K": p.b_along_k,
         "ROW_WARPS": 1 if rows <= 32 else 2,
+        "CHUNKED": p.chunk > 0,
+        "SPLIT": s.split,
+        "FEW": count if rows * s.bn * count <= 2**14 else 0,
+        "APART": s.apart,
+        "EARLY": s.early,
     }
 
 
@@ -182,7 +233,7 @@ def _ring(
             return _described(b.mT, [width, s.bk])
         return _described(b, [s.bk, width])
 
-    return min(whole + (tiles - whole) * splits, programs), {
+    return min(whole + (tiles - whole) * splits, programs * s.beside), {
         **common,
         "ad": _described(a if p.a_along_k else a.mT, a_box),
         "bd": right(s.bn),
@@ -201,6 +252,8 @@ def _ring(
         "B_K": p.b_along_k,
         "CHUNKED": p.chunk > 0,
         "FEW": few_chunks(p, s),
+        "APART": s.apart,
+        "EARLY": s.early,
     }
 
 
@@ -257,8 +310,8 @@ def run(
     workspace = torch.empty(workspace_size(p, s, programs), dtype=torch.float32, device=a.device)
     count = torch.zeros(counter_count(p, s, programs), dtype=torch.int32, device=a.device)
     left, right, plus = views(p, a, b, addend)
-    kernel, grid, arguments, options = prepare(
-        p, s, left, right, out, plus, workspace, count, programs
-    )
-    kernel[(grid,)](**{**arguments, "alpha": alpha, "beta": beta}, **options)
+    every = launches(p, s, left, right, out, plus, workspace, count, programs)
+    for kernel, grid, arguments, options in every:
+        if grid:
+            kernel[(grid,)](**{**arguments, "alpha": alpha, "beta": beta}, **options)
     return out.view(shape or p.shape(a.dim()))

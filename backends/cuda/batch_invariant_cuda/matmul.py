@@ -1,8 +1,8 @@
 """Matrix products on NVIDIA GPUs: mm, addmm, bmm, baddbmm, linear.
 
 Order: `chunks.chunk_of(K, N, dtype)`; one rounding at the end. fp32 and float64 are chains of fused
-multiply-adds over ascending k, with the bits of the CPU reference. Schedules differ with M and
-change no bit.
+multiply-adds over ascending k, with the bits of the CPU reference, unless torch's own switches ask
+for TF32. Schedules differ with M and change no bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.matmul import check_addend, check_bmm, check_linear, check_mm
 from batch_invariant.order import Order
 from batch_invariant_cuda import choice
-from batch_invariant_cuda.chunks import chunk_of, order_of
+from batch_invariant_cuda.chunks import chunk_of, order_of, tf32_asked
 from batch_invariant_cuda.plan import Plan
 from batch_invariant_cuda.problem import Problem
 from batch_invariant_cuda.schedules import Schedule, parse, table_for
@@ -47,6 +47,7 @@ def _key(call: str, a: torch.Tensor, b: torch.Tensor) -> tuple[Any, ...]:
     return (
         *(call, a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype),
         *(a.get_device(), b.get_device(), a.data_ptr() & 15, b.data_ptr() & 15),
+        a.dtype is torch.float32 and tf32_asked(),
     )
 
 
@@ -136,6 +137,9 @@ def problem(
         return (0 if x.dim() == 2 else x.stride(0), rows, columns)
 
     k, n = b.shape[-2:]
+    tf32 = a.dtype is torch.float32 and tf32_asked()
+    if chunk is None:
+        chunk = 0 if tf32 else chunk_of(k, n, a.dtype)
     return Problem(
         dtype=a.dtype,
         batch=a.size(0) if a.dim() == 3 else 1,
@@ -146,8 +150,9 @@ def problem(
         b=strides(b),
         addend=None if addend is None else strides(addend),
         scaled=scaled,
-        chunk=chunk_of(k, n, a.dtype) if chunk is None else chunk,
+        chunk=chunk,
         aligned=(a.data_ptr() | b.data_ptr()) % 16 == 0,
+        tf32=tf32,
     )
 
 
@@ -167,6 +172,8 @@ def schedule_for(p: Problem, device: torch.device) -> Schedule:
     if p.dtype is torch.float64:
         return parse("tile 32x32x16 w4 s1")
     capability = _capability(device)
+    if p.tf32:
+        return choice.tf32(p.m * p.batch, p.n) if capability == PROVED else choice.contract(p.dtype)
     name = str(p.dtype).removeprefix("torch.")
     found = table_for(capability).find(name, p.k, p.n, p.m) if p.batch == 1 else None
     if found is not None and p.refuses(found) is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from batch_invariant_cuda.launch import prepare, run, views
+from batch_invariant_cuda.launch import Launch, launches, run, views
 from batch_invariant_cuda.problem import Problem, counter_count, workspace_size
 from batch_invariant_cuda.schedules import Schedule
 from batch_invariant_cuda.workspace import counters
@@ -40,7 +40,9 @@ class Plan:
         self._shape = shape or p.shape(a.dim())
         self._room = workspace_size(p, s, programs)
         self._tiles = counter_count(p, s, programs)
-        self._fast = self._specialise(a, b, addend)
+        ready = self._specialise(a, b, addend)
+        self._fast = ready[0] if ready else None
+        self._fold = ready[1] if ready and len(ready) > 1 else None
 
     def __call__(
         self,
@@ -64,26 +66,21 @@ class Plan:
         if self._room:
             room = torch.empty(self._room, dtype=torch.float32, device=self._device)
             workspace = room.data_ptr()
-            held = counters(self._tiles, self._device, stream)  # until the launch is queued
-            count = held.data_ptr()
+            if self._tiles:
+                held = counters(self._tiles, self._device, stream)  # until the launch is queued
+                count = held.data_ptr()
         where = out.data_ptr()
-        self._fast(
-            stream,
-            a.data_ptr(),
-            b.data_ptr(),
-            where,
-            where if addend is None else addend.data_ptr(),
-            workspace,
-            count,
-            alpha,
-            beta,
-        )
+        plus = where if addend is None else addend.data_ptr()
+        given = (stream, a.data_ptr(), b.data_ptr(), where, plus, workspace, count, alpha, beta)
+        self._fast(*given)
+        if self._fold is not None:
+            self._fold(*given)
         return out
 
     def _specialise(
         self, a: torch.Tensor, b: torch.Tensor, addend: torch.Tensor | None
-    ) -> Callable[..., None] | None:
-        """A function that launches the compiled kernel with new addresses and numbers.
+    ) -> list[Callable[..., None]] | None:
+        """Functions that launch the compiled kernels with new addresses and numbers.
 
         None where Triton's launcher is not built as this code knows it: then its public, slower
         door is used.
@@ -92,25 +89,31 @@ class Plan:
         out = torch.empty(p.shape(2 if p.batch == 1 else 3), dtype=p.dtype, device=self._device)
         few = torch.empty(4, dtype=torch.float32, device=self._device)
         left, right, plus = views(p, a, b, addend)
-        kernel, grid, arguments, options = prepare(
-            p, s, left, right, out, plus, few, few.view(torch.int32), self._programs
-        )
-        compiled = kernel.warmup(**arguments, **options, grid=(grid,))
-        runner = compiled.run
-        launch = _launcher(runner)
-        if launch is None:
-            return None
-        names = [*inspect.signature(kernel.fn).parameters]
-        values = [arguments[name] for name in names]
-        meta = list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        head = (
-            *(grid, 1, 1),
-            compiled.function,
-            runner.launch_cooperative_grid,
-            runner.launch_pdl,
-            *(None, None, compiled.packed_metadata, None, None, None),
-        )
-        return _call_of(launch, head, names, values, meta)
+        every = launches(p, s, left, right, out, plus, few, few.view(torch.int32), self._programs)
+        found = [_ready(one) for one in every if one[1]]
+        ready = [fn for fn in found if fn is not None]
+        return ready if len(ready) == len(found) else None
+
+
+def _ready(one: Launch) -> Callable[..., None] | None:
+    """Compiles a kernel; a function that launches it, None where the launcher is not known."""
+    kernel, grid, arguments, options = one
+    compiled = kernel.warmup(**arguments, **options, grid=(grid,))
+    runner = compiled.run
+    launch = _launcher(runner)
+    if launch is None:
+        return None
+    names = [*inspect.signature(kernel.fn).parameters]
+    values = [arguments[name] for name in names]
+    meta = list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    head = (
+        *(grid, 1, 1),
+        compiled.function,
+        runner.launch_cooperative_grid,
+        runner.launch_pdl,
+        *(None, None, compiled.packed_metadata, None, None, None),
+    )
+    return _call_of(launch, head, names, values, meta)
 
 
 _SLOTS = {"a": 0, "b": 1, "c": 2, "add": 3, "ws": 4, "count": 5, "alpha": 6, "beta": 7}

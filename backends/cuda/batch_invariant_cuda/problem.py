@@ -23,6 +23,7 @@ class Problem:
 
     a: [M, K] or [B, M, K] and b: [K, N] or [B, K, N], as sizes and strides with a batch in front.
     addend: strides of [B, M, N], None if there is none.
+    tf32: fp32 operands are rounded to TF32 by the matrix units, because the user asked for it.
     """
 
     dtype: torch.dtype
@@ -36,6 +37,7 @@ class Problem:
     scaled: bool
     chunk: int
     aligned: bool
+    tf32: bool = False
 
     @property
     def a_along_k(self) -> bool:
@@ -96,6 +98,8 @@ class Problem:
 
     def refuses(self, s: Schedule) -> str | None:
         """Why that schedule cannot compute this; None if it can."""
+        if s.kernel != "tile" and self.tf32:
+            return "TF32 is computed by 'tile' alone"
         if s.kernel != "tile" and not self.bulk():
             return "bulk copies need rows at multiples of 16 bytes, no batch and no float64"
         if s.kernel != "tile" and (s.kernel == "fma") != (self.dtype is torch.float32):
@@ -123,7 +127,8 @@ def whole_tiles(p: Problem, s: Schedule, programs: int) -> int:
     tiles = units(p, s)
     if not s.split:
         return tiles
-    return tiles // programs * programs if s.hybrid else 0
+    wave = programs * s.beside
+    return tiles // wave * wave if s.hybrid else 0
 
 
 def workspace_size(p: Problem, s: Schedule, programs: int) -> int:
@@ -136,10 +141,10 @@ def workspace_size(p: Problem, s: Schedule, programs: int) -> int:
 
 def counter_count(p: Problem, s: Schedule, programs: int) -> int:
     """Counters that a launch needs: one for each spread tile, or for each group's half of it."""
-    if not s.split:
+    if not s.split or s.apart:
         return 0
     spread = units(p, s) - whole_tiles(p, s, programs)
-    return spread * (s.warps // 4 if s.kernel == "ring" else 1)
+    return spread * (s.warps // 4 if s.kernel in ("ring", "fma") else 1)
 
 
 def few_chunks(p: Problem, s: Schedule) -> int:

@@ -19,7 +19,7 @@ from batch_invariant.errors import ConfigurationError
 _TEXT = re.compile(
     r"(?P<kernel>tile|tma|ring|fma) (?P<bm>\d+)x(?P<bn>\d+)(?:\+(?P<bn2>\d+))?x(?P<bk>\d+)"
     r" w(?P<warps>\d+) s(?P<stages>\d+)"
-    r"(?P<flags>(?: swap| split| hybrid| persistent| halves| g\d+)*)"
+    r"(?P<flags>(?: swap| split| hybrid| apart| early| persistent| halves| g\d+| c\d)*)"
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -34,8 +34,11 @@ class Schedule:
         warp of their own); "fma" is "ring" for fp32. All but the first need Hopper.
     bm, bn, bk: the tile; bn2 more columns by a second accumulator, for widths such as 96 or 160.
     swap: the right operand goes first, for few rows. split: one program for each chunk of k.
-    hybrid: whole tiles first, the last wave of them split.
+    hybrid: whole tiles first, the last wave of them split. apart: the chunks of split tiles are
+        added by a second kernel, not by the program that comes last. early: that kernel is
+        launched while the first still runs, and waits for its end.
     persistent: as many programs as multiprocessors. halves: the tile is stored in two parts.
+    beside: programs that share a multiprocessor, and so its registers and shared memory.
     """
 
     kernel: str
@@ -48,18 +51,23 @@ class Schedule:
     swap: bool = False
     split: bool = False
     hybrid: bool = False
+    apart: bool = False
+    early: bool = False
     persistent: bool = False
     halves: bool = False
     group: int = 8
+    beside: int = 1
 
     def __str__(self) -> str:
         flags = [
             name
-            for name in ("swap", "split", "hybrid", "persistent", "halves")
-            if getattr(self, name)
+            for name in ("swap", "split", "hybrid", "apart", "early", "persistent", "halves")
+            if getattr(self, name) and not (name == "split" and self.hybrid)
         ]
         if self.group != 8:
             flags.append(f"g{self.group}")
+        if self.beside != 1:
+            flags.append(f"c{self.beside}")
         width = f"{self.bn}+{self.bn2}" if self.bn2 else str(self.bn)
         return " ".join(
             [
@@ -77,7 +85,7 @@ def parse(text: str) -> Schedule:
         raise ConfigurationError(
             f"schedule {text!r}: expected e.g. 'tma 128x128+32x64 w8 s4 persistent', that is "
             "kernel, rows x columns[+columns] x depth, warps, stages, and any of swap, split, "
-            "persistent, halves, gN"
+            "hybrid, apart, early, persistent, halves, gN, cN"
         )
     flags = found["flags"].split()
     number = {name: int(found[name] or 0) for name in ("bm", "bn", "bn2", "bk", "warps", "stages")}
@@ -86,35 +94,56 @@ def parse(text: str) -> Schedule:
             raise ConfigurationError(f"schedule {text!r}: {name}={number[name]} is no power of two")
     if number["bn2"] & (number["bn2"] - 1):
         raise ConfigurationError(f"schedule {text!r}: {number['bn2']} columns is no power of two")
-    if number["bk"] < 16 or min(number["bm"], number["bn"]) < 16 or number["stages"] < 1:
-        raise ConfigurationError(f"schedule {text!r}: tiles are at least 16 wide, stages 1")
+    least = 8 if found["kernel"] == "fma" else 16
+    if number["bk"] < 16 or number["bm"] < least or number["bn"] < 16 or number["stages"] < 1:
+        raise ConfigurationError(
+            f"schedule {text!r}: tiles have at least {least} rows, 16 columns and a depth of 16, "
+            "and one stage"
+        )
     swap = "swap" in flags
     if number["bn2"] and (swap or found["kernel"] == "tile"):
         raise ConfigurationError(f"schedule {text!r}: two widths need bulk copies without swap")
-    if found["kernel"] == "fma" and (flags or number["bn2"] or number["bk"] % 16):
-        raise ConfigurationError(f"schedule {text!r}: 'fma' has one width and no flags")
+    if found["kernel"] == "fma" and number["bn2"]:
+        raise ConfigurationError(f"schedule {text!r}: 'fma' has one width")
     if found["kernel"] == "fma" and number["warps"] not in (4, 8):
         raise ConfigurationError(f"schedule {text!r}: 'fma' has 4 or 8 warps that multiply")
-    if found["kernel"] == "ring":
-        if number["warps"] not in (4, 8) or number["bm"] < 16 * number["warps"]:
+    few_rows = number["bm"] < 16 * number["warps"]
+    if found["kernel"] == "ring" and (number["warps"] not in (4, 8) or few_rows):
+        raise ConfigurationError(
+            f"schedule {text!r}: 'ring' has 4 or 8 warps that multiply, 64 rows for each 4"
+        )
+    if found["kernel"] in ("ring", "fma"):
+        if set(flags) & {"swap", "persistent", "halves"}:
             raise ConfigurationError(
-                f"schedule {text!r}: 'ring' has 4 or 8 warps that multiply, 64 rows for each 4"
+                f"schedule {text!r}: {found['kernel']!r} takes only split, hybrid, apart, early, "
+                "gN and cN"
             )
-        if set(flags) - {"split", "hybrid"} - {flag for flag in flags if flag[0] == "g"}:
-            raise ConfigurationError(f"schedule {text!r}: 'ring' takes only split, hybrid and gN")
-    elif "hybrid" in flags:
-        raise ConfigurationError(f"schedule {text!r}: only 'ring' is hybrid")
+        if "apart" in flags and not {"split", "hybrid"} & set(flags):
+            raise ConfigurationError(f"schedule {text!r}: only split chunks are added apart")
+        if "early" in flags and "apart" not in flags:
+            raise ConfigurationError(f"schedule {text!r}: only what is apart can be early")
+    elif {"hybrid", "apart", "early"} & set(flags) or any(flag[0] == "c" for flag in flags):
+        raise ConfigurationError(
+            f"schedule {text!r}: only 'ring' and 'fma' take hybrid, apart and cN"
+        )
     group = next((int(flag[1:]) for flag in flags if flag[0] == "g"), 8)
-    if group < 1:
-        raise ConfigurationError(f"schedule {text!r}: a group has at least one row of tiles")
+    beside = next((int(flag[1:]) for flag in flags if flag[0] == "c"), 1)
+    if group < 1 or not 1 <= beside <= 4:
+        raise ConfigurationError(
+            f"schedule {text!r}: a group has at least one row of tiles, and a multiprocessor 1 to "
+            "4 programs"
+        )
     return Schedule(
         kernel=found["kernel"],
         swap=swap,
         split="split" in flags or "hybrid" in flags,
         hybrid="hybrid" in flags,
+        apart="apart" in flags,
+        early="early" in flags,
         persistent="persistent" in flags,
         halves="halves" in flags,
         group=group,
+        beside=beside,
         **number,
     )
 

@@ -1,4 +1,4 @@
-"""Measures schedules on this GPU: `python -m batch_invariant_cuda.tune 4096x6144 8192x1280 ...`
+"""Measures schedules on this GPU: what `bi tune 4096x6144 8192x1280 ...` calls.
 
 A schedule is admitted only if its bits equal the contract's on adversarial data, so a table can
 make a product faster or slower and nothing else. `admit` checks a table that comes from elsewhere.
@@ -6,10 +6,8 @@ make a product faster or slower and nothing else. `admit` checks a table that co
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +96,7 @@ def use(path: str | Path) -> None:
         raise ConfigurationError(
             f"{path}: {len(bad)} schedules change bits or cannot run here; the first is "
             f"{bad[0][0]}: {bad[0][1]}. "
-            "Tune on this GPU instead: python -m batch_invariant_cuda.tune"
+            "Tune on this GPU instead: bi tune"
         )
     schedules.use(table)
     matmul.forget()
@@ -107,7 +105,7 @@ def use(path: str | Path) -> None:
 def candidates(m: int, chunked: bool, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Schedules worth timing."""
     if dtype is torch.float32:
-        return _single(m)
+        return _single(m, chunked)
     found: list[str] = []
     splits = ("", " split") if chunked else ("",)
     if m <= 64:
@@ -120,18 +118,21 @@ def candidates(m: int, chunked: bool, dtype: torch.dtype = torch.bfloat16) -> li
             text = f"tile {rows}x{n}x{k} w4 s{stages}"
             found += [text + swap + f for swap in ("", " swap") for f in splits]
     if m >= 64:
-        shapes = ["64x64x128 w4 s5", "64x64x64 w4 s8", "64x64+32x64 w4 s8", "64x128x64 w4 s7"]
+        shapes = ["64x64x128 w4 s5", "64x64x128 w4 s6", "64x64x64 w4 s8", "64x64+32x64 w4 s8"]
+        shapes += ["64x128x64 w4 s7"]
         if m <= 1024:
             shapes += ["64x128+32x64 w4 s6", "64x32x128 w4 s6"]
         if m >= 128:
             shapes += ["128x64x64 w8 s7", "128x64+32x64 w8 s6", "128x128x64 w8 s6"]
-            shapes += ["128x128+32x64 w8 s5", "128x128+64x64 w8 s4"]
+            shapes += ["128x128+32x64 w8 s5", "128x128+64x64 w8 s4", "128x128x64 w8 s5 g4"]
+        apart = (" split apart", " split apart early") if chunked else ()
         for shape in shapes:
-            found += [f"ring {shape}{f}" for f in splits]
+            found += [f"ring {shape}{f}" for f in (*splits, *apart)]
     if m >= 128 and not chunked:
         found += [
             "ring 128x128+128x64 w8 s4",
             "ring 256x128x64 w8 s3",
+            "tma 64x128x64 w4 s6",
             "tma 128x256x64 w8 s4 persistent halves",
             "tma 128x256x64 w8 s3 persistent halves",
             "tma 256x128x64 w8 s3 persistent halves",
@@ -142,17 +143,17 @@ def candidates(m: int, chunked: bool, dtype: torch.dtype = torch.bfloat16) -> li
     return found
 
 
-def _single(m: int) -> list[str]:
-    if m > 64:
-        large = ["128x128x16 w8 s8", "64x64x32 w4 s6", "64x64x32 w8 s6", "64x32x64 w4 s5"]
-        return [f"fma {shape}" for shape in [*large, "64x128x32 w4 s6", "32x64x64 w4 s4"]]
-    shapes = ((16, 128, 5), (32, 128, 4), (32, 64, 6), (64, 64, 4), (64, 128, 4))
-    return [
-        f"fma {rows}x{n}x{k} w4 s{stages}"
-        for rows in (16, 32, 64)[: 1 + m // 17]
-        for n, k, stages in shapes
-        if (rows + n) * k * 4 * stages <= 220_000
-    ]
+def _single(m: int, chunked: bool) -> list[str]:
+    rows = 8 if m <= 8 else 16 if m <= 16 else 32
+    if m <= 32:
+        tiles = ("64x32 w4 s5 c3", "128x32 w4 s3 c3", "128x32 w4 s4 c2", "64x64 w4 s3 c2")
+        tiles += () if rows == 32 else ("64x32 w4 s5 c4", "128x32 w4 s3 c4")
+        shapes = [f"{rows}x{tile}" for tile in tiles]
+    else:
+        shapes = ["64x64x32 w4 s6 c2", "64x64x64 w4 s3 c2", "64x64x32 w4 s4 c3"]
+        shapes += ["32x64x32 w4 s5 c3"] if m <= 128 else ["128x128x16 w8 s8"]
+    ways = (" split", " split apart early", " hybrid apart early") if chunked else ()
+    return [f"fma {shape}{way}" for shape in shapes for way in ("", *ways)]
 
 
 def replayed(fn: Callable[[int], object], copies: int, repeats: int) -> float:
@@ -211,50 +212,35 @@ def best(
     return found
 
 
-def tune(
-    shapes: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], rows: Iterable[int]
-) -> dict[str, Any]:
-    """A table for this GPU, as data."""
-    entries: dict[str, dict[str, list[list[Any]]]] = {}
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        for k, n in shapes:
-            lines = []
-            for m in rows:
-                chunked = chunk_of(k, n, dtype) > 0
-                winner = best(dtype, k, n, m, candidates(m, chunked, dtype))
-                if winner is not None:
-                    lines.append([m, winner[0]])
-                    sys.stderr.write(f"{name} {k}x{n} M={m}: {winner[0]} {winner[1]:.1f} us\n")
-            if lines:
-                entries.setdefault(name, {})[f"{k}x{n}"] = lines
-    device = torch.cuda.get_device_name()
-    about = f"Measured on {device}, torch {torch.__version__}, by batch_invariant_cuda.tune."
-    return {"about": about, "entries": entries}
+class CudaTuner:
+    """`batch_invariant.backend.Tuner` of this backend."""
 
+    dtypes = schedules.DTYPES
 
-def main() -> None:
-    """Writes a table, or checks one."""
-    parser = argparse.ArgumentParser(prog="python -m batch_invariant_cuda.tune")
-    parser.add_argument("shapes", nargs="*", metavar="KxN")
-    parser.add_argument("--dtype", action="append", choices=schedules.DTYPES)
-    parser.add_argument("--check", metavar="FILE", help="check a table's bits and write nothing")
-    parser.add_argument("--out", default="schedules.json")
-    given = parser.parse_args()
-    if given.check:
-        bad = list(admit(read(json.loads(Path(given.check).read_text()), given.check)))
-        for line, reason in bad:
-            sys.stderr.write(f"refused: {line}: {reason}\n")
-        raise SystemExit(1 if bad else 0)
-    shapes = []
-    for text in given.shapes:
-        k, _, n = text.partition("x")
-        if not (k.isdigit() and n.isdigit()):
-            parser.error(f"{text!r} is no shape KxN")
-        shapes.append((int(k), int(n)))
-    dtypes = [getattr(torch, name) for name in given.dtype or ("bfloat16",)]
-    Path(given.out).write_text(json.dumps(tune(shapes, dtypes, ROWS), indent=1) + "\n")
+    def tune(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtypes: Sequence[str],
+        step: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """A table for this GPU, as data."""
+        entries: dict[str, dict[str, list[list[Any]]]] = {}
+        for name in dtypes:
+            dtype = getattr(torch, name)
+            for k, n in shapes:
+                lines = []
+                for m in ROWS:
+                    among = candidates(m, chunk_of(k, n, dtype) > 0, dtype)
+                    winner = best(dtype, k, n, m, among)
+                    if winner is not None:
+                        lines.append([m, winner[0]])
+                        step(f"{name} {k}x{n} M={m}: {winner[0]} {winner[1]:.1f} us")
+                if lines:
+                    entries.setdefault(name, {})[f"{k}x{n}"] = lines
+        device = torch.cuda.get_device_name()
+        about = f"Measured on {device}, torch {torch.__version__}, by bi tune."
+        return {"about": about, "entries": entries}
 
-
-if __name__ == "__main__":
-    main()
+    def refused(self, data: Any, source: str) -> list[str]:
+        """The lines whose bits differ from the contract's here, or that cannot run."""
+        return [f"{line}: {reason}" for line, reason in admit(read(data, source))]

@@ -1,7 +1,7 @@
 """Run by test_interpreter_gemm.py: schedules in Triton's interpreter, on the CPU.
 
 The kinds are "tile" and "tma". "ring" and "fma" are written in Gluon, which the interpreter does
-not run: only a GPU tests them.
+not run: only a GPU tests them. The kernel that adds what they leave apart is run here by itself.
 
 The interpreter tests indexing, masks, strides and who adds which chunk; its `tl.dot` is NumPy's, so
 it says nothing about the bits inside one chain. It prints one JSON object.
@@ -26,7 +26,7 @@ def _patched(tensor, scope):
 
 interpreter._patch_lang_tensor = _patched
 
-from batch_invariant_cuda import launch, matmul  # noqa: E402
+from batch_invariant_cuda import launch, matmul, problem  # noqa: E402
 from batch_invariant_cuda.schedules import parse  # noqa: E402
 
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
@@ -113,12 +113,83 @@ def order(text: str) -> tuple[bool, bool]:
     return bool((out == up).all()), bool((up != down).any())
 
 
+def fold(text: str, extra: str) -> tuple[int, int]:
+    """The second kernel alone, on chunks that are laid out by hand as the Gluon kernels leave them.
+
+    How many values differ from chunks added ascending, and from chunks added descending.
+    """
+    m, n, k, chunk = 150, 90, 160, 32
+    s = parse(text)
+    addend = torch.randn(n).expand(m, n) if "add" in extra else None
+    alpha, beta = (0.5, 2.0) if "scale" in extra else (1.0, 1.0)
+    p = matmul.problem(torch.empty(m, k), torch.empty(k, n), addend, alpha != 1, chunk)
+    count, groups = k // chunk, s.warps // 4
+    rows, wide = s.bm // groups, s.bn + s.bn2
+    down, across = problem.cdiv(m, s.bm), problem.cdiv(n, wide)
+    chains = torch.randn(count, down * s.bm, across * wide) * 2.0 ** torch.randint(
+        -9, 9, (count, 1, 1)
+    )
+    tiles = [
+        (row, column)
+        for top in range(0, down, s.group)
+        for column in range(across)
+        for row in range(top, min(top + s.group, down))
+    ]
+    whole = problem.whole_tiles(p, s, PROGRAMS)
+    parts = []
+    for row, column in tiles[whole:]:
+        for group in range(groups):
+            top, left = row * s.bm + group * rows, column * wide
+            for chain in chains:
+                tile = chain[top : top + rows, left : left + wide]
+                parts += [tile[:, : s.bn].flatten(), tile[:, s.bn :].flatten()]
+    workspace = torch.cat(parts)
+    assert workspace.numel() == problem.workspace_size(p, s, PROGRAMS)
+    untouched = -7.0
+    out = torch.full((m, n), untouched)
+    given = {
+        **{"ws": workspace, "add": out if addend is None else addend, "M": m, "N": n, "K": k},
+        **{"chunk": chunk, "whole": whole, "sdm": 0, "sdn": 1, "alpha": alpha, "beta": beta},
+        **{"BM": rows, "GROUPS": groups, "BN": s.bn, "GROUP": s.group},
+        **{"HAS_ADD": addend is not None, "SCALED": p.scaled},
+    }
+    kernel, grid, arguments, options = launch._fold(p, s, out, given, PROGRAMS)
+    kernel[(grid,)](**arguments, **options)
+
+    def expected(order: torch.Tensor) -> torch.Tensor:
+        total = order[0].clone()
+        for chain in order[1:]:
+            total += chain
+        total = total[:m, :n] * alpha
+        if addend is not None:
+            total = (beta * addend.double() + total.double()).float()
+        for row, column in tiles[:whole]:
+            place = slice(row * s.bm, (row + 1) * s.bm), slice(column * wide, (column + 1) * wide)
+            total[place] = untouched
+        return total
+
+    return (
+        int((out != expected(chains)).sum()),
+        int((out != expected(chains.flip(0))).sum()),
+    )
+
+
+FOLDS = [
+    ("ring 64x32+16x16 w4 s2 split apart", ""),
+    ("ring 128x32x16 w8 s2 split apart", "add"),
+    ("ring 128x32x16 w8 s2 hybrid apart g1", "add scale"),
+    ("fma 16x32x16 w4 s2 split apart g2", "scale"),
+    ("fma 64x16x16 w4 s2 hybrid apart", "add scale"),
+]
+
+
 def main() -> None:
     torch.manual_seed(0)
     json.dump(
         {
             "errors": {f"{c[0]} {c[4]} {c[6]}": error(c) for c in CASES},
             "orders": {text: order(text) for text in ORDERS},
+            "folds": {f"{text} {extra}": fold(text, extra) for text, extra in FOLDS},
         },
         sys.stdout,
     )

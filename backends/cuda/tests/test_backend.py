@@ -97,8 +97,9 @@ def test_the_shipped_tables_are_well_formed():
         ("tile 128x128+32x64 w4 s3", "two widths"),
         ("ring 64x128x64 w8 s3", "64 rows for each 4"),
         ("ring 128x128x64 w8 s3 swap", "only split, hybrid"),
-        ("tma 128x128x64 w8 s3 hybrid", "only 'ring' is hybrid"),
-        ("fma 64x64x32 w4 s4 split", "no flags"),
+        ("tma 128x128x64 w8 s3 hybrid", "only 'ring' and 'fma' take hybrid"),
+        ("fma 64x64x32 w4 s4 swap", "only split, hybrid"),
+        ("ring 64x64x64 w4 s4 split early", "only what is apart"),
     ],
 )
 def test_a_schedule_that_means_nothing_is_refused(text, complaint):

@@ -113,14 +113,31 @@ def test_a_table_of_ones_own_decides_speed_and_no_bit(tmp_path):
 @pytest.mark.parametrize(("k", "n"), [(4096, 1280), (2048, 2048), (8192, 640)])
 def test_every_kind_of_schedule_gives_one_result(dtype, k, n):
     chunked = chunk_of(k, n, dtype) > 0
+    tails = ["", " apart", " apart early"] * chunked
+    extra = [f"ring 128x128x64 w8 s5 hybrid{tail}" for tail in tails]
+    extra += [f"fma 128x128x16 w8 s8 hybrid{tail}" for tail in tails]
+    extra += ["fma 16x32x128 w4 s4", "fma 128x64x32 w8 s5 g2", "ring 64x64x64 w4 s4 c3"]
     for m in (5, 77, 200, 600):
         a = tune.adversarial(m, k, dtype)
         b = torch.randn(n, k, device="cuda").to(dtype).t()
         p = matmul.problem(a, b, None, False)
-        hybrid = ["ring 128x128x64 w8 s5 split hybrid"] * chunked
-        for text in [*tune.candidates(m, chunked, dtype), *hybrid]:
+        for text in [*tune.candidates(m, chunked, dtype), *extra]:
             if p.refuses(parse(text)) is None:
                 assert tune.differing(p, parse(text), a, b) == 0, (m, text)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
+@pytest.mark.parametrize("way", ["split", "hybrid", "split apart", "hybrid apart early"])
+def test_an_addend_meets_the_sum_of_the_chunks(dtype, way):
+    m, n, k = 600, 1288, 4096
+    a = tune.adversarial(m, k, dtype)
+    b = torch.randn(n, k, device="cuda").to(dtype).t()
+    addend = torch.randn(n, device="cuda").to(dtype).expand(m, n)
+    p = matmul.problem(a, b, addend, True)
+    kernel = "fma 64x64x32 w4 s6" if dtype is torch.float32 else "ring 64x64+32x64 w4 s8"
+    expected = launch.run(p, choice.contract(dtype), a, b, addend, 1.5, 0.5)
+    found = launch.run(p, parse(f"{kernel} {way}"), a, b, addend, 1.5, 0.5)
+    assert differing(found, expected) == 0
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
@@ -203,6 +220,64 @@ def test_portable_products_equal_the_cpu(dtype, shape):
         assert differing(ours, cpu.product(a, b.t(), d, 0.7, 1.3)) == 0
 
 
+def _by_allow_tf32(on):
+    torch.backends.cuda.matmul.allow_tf32 = on
+
+
+def _by_precision(on):
+    torch.set_float32_matmul_precision("high" if on else "highest")
+
+
+@pytest.mark.parametrize("switch", [_by_allow_tf32, _by_precision])
+@pytest.mark.parametrize(("k", "n"), [(4096, 512), (1031, 129)])
+def test_tf32_only_when_asked(switch, k, n):
+    """One result in all schedules and populations while asked for, the portable bits otherwise."""
+    a = tune.adversarial(300, k, torch.float32)
+    plain = torch.randn(300, k, device="cuda")
+    w = torch.randn(n, k, device="cuda")
+    before = matmul.product(a, w.t())
+    try:
+        switch(True)
+        whole = matmul.product(a, w.t())
+        assert differing(whole, before) > 0
+        for m in (1, 3, 16, 17, 40, 129):
+            assert (
+                differing(matmul.product(a[300 - m :].contiguous(), w.t()), whole[300 - m :]) == 0
+            )
+        p = matmul.problem(a, w.t(), None, False)
+        assert p.tf32
+        for text in ("tile 128x128x32 w8 s3", "tile 64x64x32 w4 s4", "tile 16x64x32 w4 s4 swap"):
+            assert tune.differing(p, parse(text), a, w.t()) == 0
+        assert "TF32" in p.refuses(parse("fma 64x64x32 w4 s6"))
+        exact = plain.double() @ w.t().double()
+        error = (matmul.product(plain, w.t()).double() - exact).abs()
+        assert (error <= 2.0**-9 * (plain.abs() @ w.t().abs())).all()
+        assert "TF32" in str(matmul.KERNELS["mm"].order_of(torch.float32))
+    finally:
+        switch(False)
+    assert differing(matmul.product(a, w.t()), before) == 0
+
+
+def test_tuning_writes_a_table_that_holds(tmp_path, monkeypatch, capsys):
+    from batch_invariant.cli import main
+
+    monkeypatch.setattr(tune, "ROWS", (1, 64))
+    few = ["tile 16x64x128 w4 s3 split", "tma 16x64x128 w4 s5 swap split", "fma 16x32x64 w4 s4"]
+    monkeypatch.setattr(tune, "candidates", lambda *_: few)
+    path = tmp_path / "table.json"
+    assert main(["tune", "4096x1024", "--out", str(path)]) == 0
+    lines = json.loads(path.read_text())["entries"]["bfloat16"]["4096x1024"]
+    assert [m for m, _ in lines] == [1, 64]
+    assert all(text in few[:2] for _, text in lines)
+    assert main(["tune", "--check", str(path)]) == 0
+    assert "every line holds" in capsys.readouterr().out
+    path.write_text(
+        json.dumps({"entries": {"bfloat16": {"4096x1024": [[64, "tile 256x256x128 w8 s5"]]}}})
+    )
+    assert main(["tune", "--check", str(path)]) == 1
+    assert "shared memory" in capsys.readouterr().out
+
+
 def test_empty_and_odd_calls():
     bf16 = torch.bfloat16
     for m, k, n in ((0, 64, 64), (4, 64, 0), (3, 0, 5)):
@@ -244,11 +319,12 @@ def test_offsets_beyond_32_bits():
     assert differing(both[1], matmul.product(tall[1], b[1])) == 0
 
 
-@pytest.mark.parametrize("shape", [(8, 1280, 8192), (300, 6144, 4096)], ids=str)
-def test_graphs_streams_and_threads(shape):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1280, 8192), (256, 1280, 8192), (300, 6144, 4096)], ids=str)
+def test_graphs_streams_and_threads(shape, dtype):
     m, n, k = shape
-    a = tune.adversarial(m, k, torch.bfloat16)
-    w = torch.randn(n, k, device="cuda").bfloat16()
+    a = tune.adversarial(m, k, dtype)
+    w = torch.randn(n, k, device="cuda").to(dtype)
     expected = matmul.product(a, w.t())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -39,3 +39,10 @@ def test_chunks_are_added_in_ascending_order(found):
     for schedule, (ascending, would_show) in found["orders"].items():
         assert would_show, schedule
         assert ascending, schedule
+
+
+def test_chunks_that_stand_apart_are_added_in_ascending_order(found):
+    assert len(found["folds"]) == 5
+    for case, (wrong, other_order) in found["folds"].items():
+        assert wrong == 0, case
+        assert other_order > 100, case

@@ -7,7 +7,19 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'batch-invariant-cuda[runtime]'")
 
-from batch_invariant_cuda import attention, choice, matmul, problem, row_launch
+from batch_invariant.errors import ConfigurationError
+from batch_invariant_cuda import (
+    attention,
+    choice,
+    gemm,
+    gemm_double,
+    gemm_hopper,
+    gemm_single,
+    matmul,
+    problem,
+    row_launch,
+)
+from batch_invariant_cuda.chunks import chunk_of
 from batch_invariant_cuda.schedules import parse, read
 
 BF16 = torch.bfloat16
@@ -21,6 +33,92 @@ def test_a_plan_belongs_to_the_alignment_of_each_operand():
     pairs = [(a, b) for a in (even, odd) for b in (even, odd)]
     assert len({matmul._key("mm", a, b) for a, b in pairs}) == 4
     assert len({matmul._key_of(x, 1, 1) for x in (even, odd)}) == 2
+
+
+def test_tf32_is_part_of_the_plan_and_only_when_asked():
+    """Every switch of torch's; bf16 does not care."""
+    x, low = torch.zeros(4, 4), torch.zeros(4, 4).to(BF16)
+    asked = []
+    before = torch.get_float32_matmul_precision()
+    plain, other = matmul._key("mm", x, x), matmul._key("mm", low, low)
+    assert not matmul.problem(x, x, None, False).tf32
+    assert "serial" in str(matmul.KERNELS["mm"].order_of(torch.float32))
+    try:
+        torch.set_float32_matmul_precision("high")
+        asked.append(matmul._key("mm", x, x))
+        assert matmul.problem(x, x, None, False).tf32
+        assert not matmul.problem(low, low, None, False).tf32
+        assert "TF32" in str(matmul.KERNELS["mm"].order_of(torch.float32))
+        assert matmul._key("mm", low, low) == other
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        asked.append(matmul._key("mm", x, x))
+        torch.backends.cuda.matmul.allow_tf32 = False
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len({*asked, plain}) == 2
+    assert matmul._key("mm", x, x) == plain
+
+
+def test_tf32_is_computed_by_tiles_alone(monkeypatch):
+    monkeypatch.setattr(matmul, "_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    for m, n in ((1, 64), (64, 64), (8192, 8192)):
+        p = problem.Problem(
+            dtype=torch.float32, batch=1, m=m, n=n, k=4096, a=(0, 4096, 1), b=(0, 1, 4096),
+            addend=None, scaled=False, chunk=0, aligned=True, tf32=True,
+        )  # fmt: skip
+        assert p.refuses(matmul.schedule_for(p, gpu)) is None
+        assert "TF32" in str(p.refuses(parse("fma 64x64x32 w4 s6")))
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows():
+    kernels = (
+        *(gemm.gemm_tile, gemm.gemm_tma, gemm.gemm_tma_chunked, gemm.gemm_fold),
+        *(gemm_hopper.gemm_ring, gemm_single.gemm_fma, gemm_double.gemm_double),
+    )
+    for kernel in kernels:
+        (rows,) = [param for param in kernel.params if param.name == "M"]
+        assert rows.do_not_specialize, kernel
+    assert not gemm.gemm_tile.params[7].do_not_specialize, "N: its alignment widens the stores"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("tma 64x64x64 w4 s4 split apart", "only 'ring' and 'fma'"),
+        ("tile 64x64x64 w4 s4 c2", "only 'ring' and 'fma'"),
+        ("ring 64x64x64 w4 s4 apart", "only split chunks"),
+        ("ring 64x64x64 w4 s4 swap", "takes only split"),
+        ("fma 64x64x64 w4 s4 c7", "1 to 4 programs"),
+        ("fma 4x64x64 w4 s4", "8 rows"),
+        ("tile 8x64x64 w4 s4", "16"),
+        ("fma 64x64+32x64 w4 s4", "one width"),
+    ],
+)
+def test_schedules_that_mean_nothing(text, reason):
+    with pytest.raises(ConfigurationError, match=reason):
+        parse(text)
+
+
+def test_schedules_are_what_they_print():
+    for text in ("ring 64x64x64 w4 s4 hybrid apart g4 c2", "fma 8x64x32 w4 s5 split c4"):
+        assert str(parse(text)) == text
+        assert parse(str(parse(text))) == parse(text)
+
+
+def test_the_rule_for_fp32_names_schedules_that_can_run():
+    for m in (1, 8, 9, 32, 33, 64, 300, 5000):
+        for n in (64, 1280, 4096, 151936):
+            for k in (512, 8192):
+                for aligned in (True, False):
+                    p = problem.Problem(
+                        dtype=torch.float32, batch=1, m=m, n=n, k=k, a=(0, k, 1), b=(0, 1, k),
+                        addend=None, scaled=False, chunk=chunk_of(k, n, torch.float32),
+                        aligned=aligned,
+                    )  # fmt: skip
+                    s = choice.default(m, n, k, p.dtype, bulk=p.bulk(), chunk=p.chunk, programs=132)
+                    assert p.refuses(s) is None, (m, n, k, str(s))
 
 
 @pytest.mark.parametrize(

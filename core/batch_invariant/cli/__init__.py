@@ -11,6 +11,7 @@ _COMMANDS = {
     "demo": "a real language model: each prompt alone and in batches, stock torch and invariant",
     "doctor": "what is installed, what works, what is selected, what to do next",
     "fingerprint": "the order in which operators add, at several sizes of the batch",
+    "tune": "the fastest schedules of a backend on this machine; they change no bit",
     "verify": "every operator of a backend under transforms of the batch, bit for bit",
 }
 

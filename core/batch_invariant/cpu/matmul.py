@@ -1,8 +1,8 @@
 """Matrix products on CPU by the native GEMM.
 
-fp32, fp16 and float64: one serial FMA chain over k. bf16: the order of this CPU's matrix
-instructions (`native.bf16_order`), one order per machine. Bits do not depend on M, N, threads or
-memory layout.
+fp32: `ops.matmul.PORTABLE`. fp16 and float64: one serial FMA chain over k. bf16: the order of
+this CPU's matrix instructions (`native.bf16_order`), one order per machine. Bits do not depend on
+M, N, threads or memory layout.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from batch_invariant.cpu import native
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
-from batch_invariant.ops.matmul import check_addend, check_bmm, check_linear, check_mm
+from batch_invariant.ops.matmul import (
+    PORTABLE,
+    check_addend,
+    check_bmm,
+    check_linear,
+    check_mm,
+    portable_chunk,
+)
 from batch_invariant.order import Order, chunked, lanes, reversed_groups, serial
 from batch_invariant.stock import stock
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
-_pack = struct.Struct("=6qQ2qQ3qQ3qQ4q2d").pack
+_pack = struct.Struct("=7qQ2qQ3qQ3qQ4q2d").pack
 
 
 @cache
@@ -89,6 +96,7 @@ def product(
             n,
             k,
             batch,
+            portable_chunk(k) if dtype == torch.float32 else 0,
             a.data_ptr(),
             a_row,
             a_batch,
@@ -191,7 +199,7 @@ class _Order(Mapping[torch.dtype, Order]):
     def __getitem__(self, dtype: torch.dtype) -> Order:
         if dtype == torch.bfloat16:
             return _BF16[native.BF16_ORDERS[native.library().bi_bf16_order()]]
-        return serial()
+        return PORTABLE if dtype == torch.float32 else serial()
 
     def __iter__(self) -> Any:
         return iter((*FLOATS, torch.float64))

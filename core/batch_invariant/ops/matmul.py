@@ -1,8 +1,9 @@
 """Contracts of the matrix products: mm, addmm, bmm, baddbmm, linear; matmul is made of them.
 
 Order: fp32 accumulation over k in an order that is a function of (K, N, dtype) alone; addend and
-bias are added in fp32 before the one rounding at the end. fp32 inputs use true fp32, float64
-inputs float64.
+bias are added in fp32 before the one rounding at the end. fp32 inputs use true fp32, unless the
+user asks for less by torch's own switches; float64 inputs float64. `PORTABLE` is the order of fp32
+inputs in every kernel that is portable.
 """
 
 from __future__ import annotations
@@ -14,6 +15,21 @@ import torch
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.probe import column_probe
 from batch_invariant.ops.variant import rows_only, tokens
+from batch_invariant.order import by_size, chunked, serial
+
+CHUNK = 512
+"""k of one chain of a portable fp32 product, where there are several."""
+
+CHUNKED_FROM = 2048
+"""The least K that is cut: a longer chain would keep few rows from using all of a GPU."""
+
+PORTABLE = by_size(CHUNKED_FROM, serial(), chunked(CHUNK, serial()))
+"""One chain of fused multiply-adds over ascending k, or one for each chunk, added ascending."""
+
+
+def portable_chunk(k: int) -> int:
+    """The k of one chain of a portable fp32 product; 0 means one chain over all of it."""
+    return CHUNK if k >= CHUNKED_FROM else 0
 
 
 def mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:

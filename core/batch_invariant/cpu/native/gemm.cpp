@@ -1,8 +1,9 @@
 // C = alpha * A B + beta * addend for one matrix or a batch: the schedule and the last rounding.
 //
-// The bits of an element of C are those of its own chain over k (gemm.h names the orders), then, in
-// the accumulator's precision, alpha * chain if alpha != 1, then fma(beta, addend, that) if there
-// is an addend, then one rounding to the dtype of C. Every NaN is written as the one quiet NaN
+// The bits of an element of C are those of its own chain over k (gemm.h names the orders), or, in
+// fp32, of one chain for each chunk of k, the chains being added in ascending order; then, in the
+// accumulator's precision, alpha * that if alpha != 1, then fma(beta, addend, that) if there is an
+// addend, then one rounding to the dtype of C. Every NaN is written as the one quiet NaN
 // without sign or payload: which of two NaNs an FMA keeps is up to the compiler. Nothing here
 // depends on M, N, the batch, the strides or the threads except the order in which independent
 // elements are computed.
@@ -17,6 +18,7 @@ namespace {
 struct GemmArgs {
   i64 dtype, out_dtype;
   i64 M, N, K, batch;
+  i64 chunk;  // k of one chain, a multiple of KC; 0 is one chain over all of K
   const char* a;
   i64 a_row, a_batch;
   const char* b;
@@ -128,7 +130,8 @@ struct Plan {
   const GemmKernel* kernel;
   Finish finish;
   i64 units;                  // packed units of K
-  i64 k_blocks, block_units;  // cut into blocks of at most KC, nearly equal
+  i64 k_blocks, block_units;  // cut into blocks of at most KC, nearly equal or, in chunks, of KC
+  i64 chunk_blocks;           // blocks of a chunk, all of them if there is one chain
   i64 row_blocks, block_rows;
   i64 col_chunks, chunk_cols;
   bool whole_a;       // all k blocks of a task's rows are packed at once
@@ -141,8 +144,11 @@ Plan make_plan(const Problem& g, const GemmKernel* kernel) {
   p.kernel = kernel;
   p.finish = finish_for(g.out_dtype);
   p.units = round_up(ceil_div(g.K, kernel->k_per_unit), kernel->unit_multiple);
-  p.block_units = round_up(ceil_div(p.units, max(ceil_div(p.units, KC), 1)), STREAM_UNITS);
+  const bool chunked = g.chunk > 0 && g.chunk < g.K;
+  p.block_units =
+      chunked ? KC : round_up(ceil_div(p.units, max(ceil_div(p.units, KC), 1)), STREAM_UNITS);
   p.k_blocks = p.units == 0 ? 0 : ceil_div(p.units, p.block_units);
+  p.chunk_blocks = chunked ? g.chunk / KC : p.k_blocks;
   p.row_blocks = ceil_div(g.M, MAX_ROWS);
   p.block_rows = round_up(ceil_div(g.M, p.row_blocks), kernel->row_multiple);
   p.whole_a = p.block_rows * p.k_blocks * LDA * kernel->unit_bytes <= WHOLE_A_BYTES;
@@ -162,6 +168,8 @@ struct Gemm {
   const GemmKernel& kernel;
 
   // Sizes and places of packed blocks.
+  bool begins(i64 block) const { return block % p.chunk_blocks == 0; }  // a chain, from +0
+  bool chunked() const { return p.chunk_blocks < p.k_blocks; }
   i64 block_units(i64 block) const { return min(p.units - block * p.block_units, p.block_units); }
   i64 block_start(i64 block) const { return block * p.block_units * kernel.k_per_unit; }
   i64 block_ks(i64 block) const {
@@ -190,14 +198,23 @@ struct Gemm {
     i64 cols = min(g.N - col, kernel.panel_lanes);
     if (g.b_layout == 1) {
       multiply_nk(kernel, a, b_at(batch, col, k0), g.b_row, cols, ks, units, rows, panel, c,
-                  block == 0);
+                  begins(block));
     } else if (from < units) {
       i64 skipped = from * kernel.k_per_unit;
       kernel.pack_panel[0](b_at(batch, col, k0 + skipped), g.b_row, cols, ks - skipped,
                            units - from, panel);
       kernel.multiply(a + from * kernel.unit_bytes, panel, units - from, rows, c,
-                      block == 0 && from == 0);
+                      begins(block) && from == 0);
     }
+  }
+
+  // After the last block of a chunk but the first: adds its chains in `c` to those in `sum`.
+  void end_block(i64 block, const char* c, char* sum, i64 bytes) const {
+    if (c == sum || (!begins(block + 1) && block + 1 < p.k_blocks)) return;
+    const float* from = reinterpret_cast<const float*>(c);
+    float* to = reinterpret_cast<float*>(sum);
+    for (i64 i = 0; i < bytes / 4; i += 16)
+      store(to + i, load<f32x16>(to + i) + load<f32x16>(from + i));
   }
 
   // `packed_a`, if not null, holds all k blocks of all rows.
@@ -209,12 +226,14 @@ struct Gemm {
     i64 nr = kernel.panel_lanes, panels = ceil_div(cols, nr);
     i64 a_blocks = packed_a != nullptr ? 0 : p.whole_a ? p.k_blocks : 1;
     i64 c_panels = p.panels_first ? 1 : panels;
-    Scratch scratch(panel_bytes() + c_panels * c_panel_bytes() + a_blocks * a_block_bytes());
+    const i64 c_bytes = c_panels * c_panel_bytes();
+    Scratch scratch(panel_bytes() + (chunked() ? 2 : 1) * c_bytes + a_blocks * a_block_bytes());
     if (scratch.data == nullptr) return OUT_OF_MEMORY;
     char* panel = scratch.as<char>();
-    char* c = panel + panel_bytes();
-    char* own_a = c + c_panels * c_panel_bytes();
-    if (p.k_blocks == 0) __builtin_memset(c, 0, static_cast<size_t>(c_panels * c_panel_bytes()));
+    char* sum = panel + panel_bytes();
+    char* later = chunked() ? sum + c_bytes : sum;  // where chunks but the first are computed
+    char* own_a = later + c_bytes;
+    if (p.k_blocks == 0) __builtin_memset(sum, 0, static_cast<size_t>(c_bytes));
     if (p.whole_a) {
       for (i64 k = 0; k < a_blocks; k++) pack_a(batch, row0, rows, k, own_a + k * a_block_bytes());
     }
@@ -225,25 +244,29 @@ struct Gemm {
       for (i64 j = 0; j < panels; j++) {
         i64 col = col0 + j * nr;
         for (i64 k = 0; k < p.k_blocks; k++) {
+          char* c = k < p.chunk_blocks ? sum : later;
           multiply_panel(whole_a + k * a_block_bytes(), batch, col, k, 0, rows, panel, c);
+          end_block(k, c, sum, rows * nr * kernel.unit_bytes);
         }
-        p.finish(g, c, p.block_rows, nr, batch, row0, rows, col, min(cols - j * nr, nr));
+        p.finish(g, sum, p.block_rows, nr, batch, row0, rows, col, min(cols - j * nr, nr));
       }
     } else {
       for (i64 k = 0; k < p.k_blocks; k++) {
         const char* a = p.whole_a ? whole_a + k * a_block_bytes() : own_a;
+        char* c = k < p.chunk_blocks ? sum : later;
         if (!p.whole_a) pack_a(batch, row0, rows, k, own_a);
         i64 swept_panels = p.sweep ? cols / nr : 0, swept_units = block_ks(k) / kernel.k_per_unit;
         if (swept_panels > 0) {
           kernel.sweep(a, b_at(batch, col0, block_start(k)), g.b_row, swept_panels, swept_units,
-                       rows, c, c_panel_elements(), k == 0);
+                       rows, c, c_panel_elements(), begins(k));
         }
         for (i64 j = 0; j < panels; j++) {
           multiply_panel(a, batch, col0 + j * nr, k, j < swept_panels ? swept_units : 0, rows,
                          panel, c + j * c_panel_bytes());
         }
+        end_block(k, c, sum, c_bytes);
       }
-      p.finish(g, c, p.block_rows, nr, batch, row0, rows, col0, cols);
+      p.finish(g, sum, p.block_rows, nr, batch, row0, rows, col0, cols);
     }
     if (kernel.end != nullptr) kernel.end();
     return OK;
@@ -308,6 +331,7 @@ BI_EXPORT bi::i32 bi_gemm(const bi::GemmArgs* args) {
   Problem g{*args};
   if (g.M < 0 || g.N < 0 || g.K < 0 || g.batch < 0 || (g.b_layout != 0 && g.b_layout != 1))
     return BAD_ARGUMENT;
+  if (g.chunk < 0 || g.chunk % KC != 0 || (g.chunk > 0 && g.dtype != F32)) return BAD_ARGUMENT;
   if (finish_for(g.out_dtype) == nullptr) return BAD_DTYPE;
   bool widened = (g.dtype == BF16 || g.dtype == F16) && g.out_dtype == F32;
   if (g.out_dtype != g.dtype && !widened) return BAD_DTYPE;

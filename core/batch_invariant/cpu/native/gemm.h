@@ -48,7 +48,8 @@ inline void multiply_nk(const GemmKernel& kernel, const void* a, const void* b, 
                   units - streamed, rows, c, first && streamed == 0);
 }
 
-// One serial FMA chain over ascending k, from +0, in fp32 (fp64 for fp64): the portable order.
+// One serial FMA chain over ascending k, from +0, in fp32 (fp64 for fp64): the portable order. A GEMM
+// of fp32 may cut k into chunks, each with a chain of its own (gemm.cpp).
 const GemmKernel* fma_kernel(DType dtype);
 
 // The orders of bf16, fastest first. A process uses one: results of two orders have different bits.
