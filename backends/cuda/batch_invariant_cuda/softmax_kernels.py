@@ -1,0 +1,246 @@
+"""The kernels of `softmax.py`: rows that are held, rows that are walked, segments, derivatives."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from batch_invariant_cuda import segments
+from batch_invariant_cuda.explog import exp, log, near_div, near_exp
+from batch_invariant_cuda.row_launch import RowKernel
+from batch_invariant_cuda.rows import (
+    EXPONENTIAL,
+    LANES,
+    NEAR_EXPONENTIAL,
+    SEGMENT,
+    fold,
+    held_lanes,
+    held_range,
+    is_near,
+    load_row,
+    load_tile,
+    row_total,
+    store_tile,
+    take_turn,
+    walked_lanes,
+    walked_range,
+)
+
+_LANES = tl.constexpr(LANES)
+_SEGMENT = tl.constexpr(SEGMENT)
+_DEPTH = tl.constexpr(SEGMENT // LANES)
+
+
+@triton.jit
+def _exponential(x, top, NEAR: tl.constexpr):
+    v = x.to(tl.float32) - top
+    if NEAR:
+        return near_exp(v)
+    else:  # noqa: RET505  (Triton compiles what follows a plain return)
+        return exp(v, True)
+
+
+@triton.jit
+def _divided(e, total, reciprocal, NEAR: tl.constexpr):
+    if NEAR:
+        return near_div(e, total, reciprocal)
+    else:  # noqa: RET505
+        return tl.div_rn(e, total)
+
+
+@triton.jit
+def _output(x, top, total, reciprocal, LOG: tl.constexpr, NEAR: tl.constexpr):
+    """softmax from the total, or log_softmax from its logarithm."""
+    if LOG:
+        return (x.to(tl.float32) - top) - total
+    else:  # noqa: RET505
+        return _divided(_exponential(x, top, NEAR), total, reciprocal, NEAR)
+
+
+@triton.jit(do_not_specialize=["n_units"])
+def _held_kernel(
+    x,
+    out,
+    n_units,
+    LOG: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    take_turn()
+    n = n_units * UNIT
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, L)
+    to = out + row * n
+    tiles = load_row(x + row * n, columns, n, P, T, FULL, float("-inf"))
+    top, bottom = held_range(tiles, columns, n, P, T, FULL)
+    near = is_near(top, bottom)
+    if LOG:
+        if near:
+            lanes = held_lanes(tiles, columns, n, top, P, T, FULL, NEAR_EXPONENTIAL)
+        else:
+            lanes = held_lanes(tiles, columns, n, top, P, T, FULL, EXPONENTIAL)
+        total = log(fold(lanes, 0))
+        for t in tl.static_range(T * P):
+            y = _output(tiles[t], top, total, total, True, True)
+            store_tile(to, columns, n, y, t, T * P, FULL, False, P)
+    elif near:
+        _held_softmax(tiles, to, columns, n, top, P, T, FULL, True)
+    else:
+        _held_softmax(tiles, to, columns, n, top, P, T, FULL, False)
+
+
+@triton.jit
+def _held_softmax(
+    tiles,
+    to,
+    columns,
+    n,
+    top,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    NEAR: tl.constexpr,
+):
+    each = ()
+    for t in tl.static_range(T * P):
+        each = each + (_exponential(tiles[t], top, NEAR),)  # noqa: RUF005
+    total = fold(held_lanes(each, columns, n, top, P, T, FULL, 0), 0)
+    reciprocal = tl.div_rn(1.0, total)
+    for t in tl.static_range(T * P):
+        y = _divided(each[t], total, reciprocal, NEAR)
+        store_tile(to, columns, n, y, t, T * P, FULL, NEAR, P)
+
+
+@triton.jit(do_not_specialize=["rows", "n_units"])
+def _walked_kernel(x, out, rows, n_units, LOG: tl.constexpr, UNIT: tl.constexpr):
+    take_turn()
+    n = n_units * UNIT
+    columns = tl.arange(0, _LANES)
+    row = tl.program_id(0).to(tl.int64)
+    while row < rows:
+        from_, to = x + row * n, out + row * n
+        top, bottom = walked_range(from_, n)
+        near = is_near(top, bottom)
+        if near:
+            lanes = walked_lanes(from_, columns, n, top, UNIT, NEAR_EXPONENTIAL)
+        else:
+            lanes = walked_lanes(from_, columns, n, top, UNIT, EXPONENTIAL)
+        total = fold(lanes, 0)
+        reciprocal = tl.div_rn(1.0, total)
+        if LOG:
+            total = log(total)
+        # From the end, which the cache still has.
+        if near or LOG:
+            wide = tl.arange(0, _SEGMENT)
+            last = (n - 1) // _SEGMENT * _SEGMENT
+            for back in tl.range(0, n, _SEGMENT):
+                at = last - back + wide
+                v = tl.load(from_ + at, mask=at < n, other=float("-inf"))
+                y = _output(v, top, total, reciprocal, LOG, True)
+                store_tile(to + (last - back), wide, n - (last - back), y, 0, 1, False, not LOG)
+        else:
+            for start in tl.range(0, n, _LANES):
+                v = load_tile(from_ + start, columns, n - start, 0, 1, False, float("-inf"))
+                y = _output(v, top, total, reciprocal, LOG, False)
+                store_tile(to + start, columns, n - start, y, 0, 1, False, False)
+        row += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["n_units", "count", "tops"])
+def _segment_kernel(
+    x,
+    top,
+    total,
+    out,
+    n_units,
+    count,
+    tops,
+    LOG: tl.constexpr,
+    TOPS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    take_turn()
+    task = tl.program_id(0).to(tl.int64)
+    row, segment = task // count, task % count
+    n = n_units * UNIT
+    columns = tl.arange(0, _SEGMENT)
+    left = n - segment * _SEGMENT
+    at = row * n + segment * _SEGMENT
+    best = segments.top_of(top, row, tops, TOPS, False)
+    near_of_row = segments.near_of(top, row, tops, TOPS)
+    v = tl.load(x + at + columns, mask=columns < left, other=float("-inf"))
+    whole = tl.load(total + row)
+    if LOG or near_of_row:
+        y = _output(v, best, whole, tl.div_rn(1.0, whole), LOG, True)
+    else:
+        y = _output(v, best, whole, 1.0, LOG, False)
+    store_tile(out + at, columns, left, y, 0, 1, False, False)
+
+
+@triton.jit(do_not_specialize=["n_units"])
+def _backward_kernel(
+    g,
+    y,
+    out,
+    n_units,
+    LOG: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    take_turn()
+    n = n_units * UNIT
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, L)
+    from_g, from_y, to = g + row * n, y + row * n, out + row * n
+    zero = 0.0
+    gs = load_row(from_g, columns, n, P, T, FULL, 0.0)
+    ys = load_row(from_y, columns, n, P, T, FULL, 0.0)
+    if LOG:
+        total = row_total(gs, from_g, columns, n, zero, P, T, FULL, UNIT, 0)
+    elif T > 0:
+        products = ()
+        for t in tl.static_range(T * P):
+            v = gs[t].to(tl.float32) * ys[t].to(tl.float32)
+            products = products + (v,)  # noqa: RUF005
+        lanes = held_lanes(products, columns, n, zero, P, T, FULL, 0)
+        total = fold(lanes, 0)
+    else:
+        lanes = tl.zeros((_LANES,), tl.float32)
+        for start in tl.range(0, n, _SEGMENT):
+            part = tl.zeros((_LANES,), tl.float32)
+            for t in tl.static_range(_DEPTH):
+                vg = load_tile(from_g + start, columns, n - start, t, 0, False, 0.0)
+                vy = load_tile(from_y + start, columns, n - start, t, 0, False, 0.0)
+                part += vg.to(tl.float32) * vy.to(tl.float32)
+            lanes += part
+        total = fold(lanes, 0)
+    for t in tl.static_range(T * P):
+        store_tile(to, columns, n, _gradient(gs[t], ys[t], total, LOG), t, T * P, FULL, False, P)
+    if T == 0:
+        for start in tl.range(0, n, _LANES):
+            vg = load_tile(from_g + start, columns, n - start, 0, 1, False, 0.0)
+            vy = load_tile(from_y + start, columns, n - start, 0, 1, False, 0.0)
+            v = _gradient(vg, vy, total, LOG)
+            store_tile(to + start, columns, n - start, v, 0, 1, False, False)
+
+
+@triton.jit
+def _gradient(g, y, total, LOG: tl.constexpr):
+    g = g.to(tl.float32)
+    y = y.to(tl.float32)
+    if LOG:
+        return g - exp(y, False) * total
+    else:  # noqa: RET505
+        return (g - total) * y
+
+
+held = RowKernel(_held_kernel, overlaps=True)
+walked = RowKernel(_walked_kernel, overlaps=True)
+segment = RowKernel(_segment_kernel, overlaps=True)
+backward = RowKernel(_backward_kernel, overlaps=True)
