@@ -132,7 +132,8 @@ def _launch(
             *(shape.warps, shape.wide),
         )
     plan = (shape.width, shape.parts, shape.tiles, shape.full, shape.unit)
-    static = (centred, summed, size != n, *affine, *plan)
+    # A row on many warps waits for its parts: what comes after the sum is fetched before it.
+    static = (centred, summed, size != n, *affine, *plan, shape.warps == 16)
     return held, (rows, tensors, numbers, static, shape.warps, shape.wide)
 
 

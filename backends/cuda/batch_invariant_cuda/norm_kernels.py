@@ -8,6 +8,7 @@ import triton.language as tl
 from batch_invariant_cuda.reduce_ops import RSTD, finished
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import (
+    AHEAD,
     LANES,
     SEGMENT,
     SQUARE,
@@ -69,12 +70,36 @@ def _parameter(p, first, column, there, spatial, GIVEN: tl.constexpr, GROUPED: t
 
 
 @triton.jit
+def _held_parameter(
+    p,
+    first,
+    columns,
+    n,
+    spatial,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    GIVEN: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """A weight or bias beside the tiles of a row."""
+    found = ()
+    for t in tl.static_range(T * P):
+        column = t * columns.shape[0] + columns
+        there = column < n
+        if FULL or t < (T - 1) * P:
+            there = column >= 0
+        found = found + (_parameter(p, first, column, there, spatial, GIVEN, GROUPED),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
 def _walked_squares(
     x, residual, at, columns, n, mean, CENTRED: tl.constexpr, RESIDUAL: tl.constexpr
 ):
     """The lanes of squares, or of squared differences, of the first n elements of a row."""
     lanes = tl.zeros((_LANES,), tl.float32)
-    for start in tl.range(0, n, _SEGMENT):
+    for start in tl.range(0, n, _SEGMENT, num_stages=AHEAD):
         part = tl.zeros((_LANES,), tl.float32)
         for t in tl.static_range(_DEPTH):
             column = start + t * _LANES + columns
@@ -113,6 +138,7 @@ def _held_kernel(
     T: tl.constexpr,
     FULL: tl.constexpr,
     UNIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     take_turn()
     n = n_units * UNIT
@@ -127,17 +153,11 @@ def _held_kernel(
         if RESIDUAL:
             v = v + load_tile(residual + at, columns, n, t, T * P, FULL, 0.0, P).to(tl.float32)
         tiles = tiles + (v,)  # noqa: RUF005
-    weights = ()
-    biases = ()
-    for t in tl.static_range(T * P):  # before the sums, which would have to wait for them
-        column = t * L + columns
-        there = column < n
-        if FULL or t < (T - 1) * P:
-            there = column >= 0
-        w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED)
-        b = _parameter(bias, first, column, there, spatial, BIAS, GROUPED)
-        weights = weights + (w,)  # noqa: RUF005
-        biases = biases + (b,)  # noqa: RUF005
+    if EARLY:
+        weights = _held_parameter(
+            weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED
+        )
+        biases = _held_parameter(bias, first, columns, n, spatial, P, T, FULL, BIAS, GROUPED)
     if CENTRED:
         mean = fold(held_lanes(tiles, columns, n, mean, P, T, FULL, VALUE), VALUE)
         mean = tl.div_rn(mean, size)
@@ -156,6 +176,11 @@ def _held_kernel(
     rstd = finished(total, total, size, eps, RSTD)
     if CENTRED:
         tl.store(rstd_out + row, rounded(rstd, tl.float32))
+    if not EARLY:
+        weights = _held_parameter(
+            weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED
+        )
+        biases = _held_parameter(bias, first, columns, n, spatial, P, T, FULL, BIAS, GROUPED)
     for t in tl.static_range(T * P):
         y = _affine(tiles[t], mean, rstd, weights[t], biases[t], CENTRED, WEIGHT, BIAS)
         store_tile(out + at, columns, n, y, t, T * P, FULL, False, P)
@@ -207,7 +232,7 @@ def _walked_kernel(
         if CENTRED:
             tl.store(rstd_out + row, rounded(rstd, tl.float32))
         last = (n - 1) // _SEGMENT * _SEGMENT
-        for back in tl.range(0, n, _SEGMENT):  # from the end, which the cache still has
+        for back in tl.range(0, n, _SEGMENT, num_stages=AHEAD):  # from the end, which the cache still has
             column = last - back + tl.arange(0, _SEGMENT)
             there = column < n
             v = _load_sum(x, residual, at + column, there, RESIDUAL)
@@ -256,6 +281,6 @@ def _segment_kernel(
     tl.store(out + row * n + column, rounded(y, out.dtype.element_ty), mask=there)
 
 
-held = RowKernel(_held_kernel, overlaps=True)
+held = RowKernel(_held_kernel, overlaps=True, registers={8: 80})  # three programs
 walked = RowKernel(_walked_kernel, overlaps=True)
 segment = RowKernel(_segment_kernel, overlaps=True)

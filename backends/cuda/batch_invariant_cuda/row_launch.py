@@ -6,7 +6,7 @@ kernel is looked up under what its specialisation depends on, and started direct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,18 +26,22 @@ class RowKernel:
 
     The numbers are declared `do_not_specialize`. Contraction of a product and a sum is off: an
     FMA happens only where a kernel asks for one. `overlaps`: it begins with `rows.take_turn`.
+    registers: how many a thread may use, by the number of warps, so that more programs fit.
     """
 
-    def __init__(self, fn: Any, overlaps: bool = False) -> None:
+    def __init__(
+        self, fn: Any, overlaps: bool = False, registers: Mapping[int, int] | None = None
+    ) -> None:
         self._fn = self._anywhere = fn
         self._overlaps = overlaps
+        self._registers = registers or {}
         self._compiled: dict[Any, Any] = {}
         self._direct = isinstance(fn, triton.JITFunction)
         if self._direct:
             self._anywhere = triton.JITFunction(
                 fn.fn,
                 do_not_specialize=fn.do_not_specialize,
-                do_not_specialize_on_alignment=fn.arg_names,
+                do_not_specialize_on_alignment=[p.name for p in fn.params if not p.is_constexpr],
             )
 
     def __call__(
@@ -103,7 +107,7 @@ class RowKernel:
             fn = self._fn if wide else self._anywhere
             self._compiled[key] = fn[(programs,)](
                 *tensors, *numbers, *static,
-                num_warps=warps, enable_fp_fusion=False,
+                num_warps=warps, enable_fp_fusion=False, maxnreg=self._registers.get(warps),
                 launch_pdl=self._overlaps and torch.cuda.get_device_capability(device) >= (9, 0),
             )  # fmt: skip
             return

@@ -37,6 +37,7 @@ FACTOR = tl.constexpr(7)
 NEAR_EXPONENTIAL = tl.constexpr(8)  # of rows that `is_near` accepts
 
 NEAR = tl.constexpr(60.0)
+AHEAD = tl.constexpr(4)  # segments of a long row on their way, with the one that is added up
 
 
 @triton.constexpr_function
@@ -46,14 +47,15 @@ def _overlaps():
 
 @triton.jit
 def take_turn():
-    """Waits for what was launched before, with the next launch already on its way.
+    """Waits for what was launched before, then lets the next launch begin.
 
     The first thing that a row kernel does: `RowKernel` lets it start while the kernel before it
-    still runs, where the GPU can do that.
+    still runs, where the GPU can do that. The other way round, launches far ahead would wait on
+    the multiprocessors that the running one needs.
     """
     if _overlaps():
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -248,7 +250,7 @@ def walked_lanes(x, columns, n, shift, UNIT: tl.constexpr, TERM: tl.constexpr):
             total = combine(total, v, TERM)
     else:
         whole = n // _SEGMENT * _SEGMENT
-        for start in tl.range(0, whole, _SEGMENT):
+        for start in tl.range(0, whole, _SEGMENT, num_stages=AHEAD):
             v = segment_lanes(x + start, columns, _SEGMENT, shift, True, TERM)
             total = combine(total, v, TERM)
         if whole < n:
@@ -337,7 +339,7 @@ def walked_range(x, n):
     there = whole + columns < n
     top = tl.load(x + whole + columns, mask=there, other=float("-inf")).to(tl.float32)
     bottom = tl.where(there, top, float("inf"))
-    for back in tl.range(_SEGMENT, whole + 1, _SEGMENT):
+    for back in tl.range(_SEGMENT, whole + 1, _SEGMENT, num_stages=AHEAD):
         v = tl.load(x + (whole - back) + columns).to(tl.float32)
         top = larger(top, v)
         bottom = smaller(bottom, v)

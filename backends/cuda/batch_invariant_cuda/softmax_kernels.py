@@ -9,6 +9,7 @@ from batch_invariant_cuda import segments
 from batch_invariant_cuda.explog import exp, log, near_div, near_exp
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import (
+    AHEAD,
     EXPONENTIAL,
     LANES,
     NEAR_EXPONENTIAL,
@@ -77,41 +78,51 @@ def _held_kernel(
     tiles = load_row(x + row * n, columns, n, P, T, FULL, float("-inf"))
     top, bottom = held_range(tiles, columns, n, P, T, FULL)
     near = is_near(top, bottom)
-    if LOG:
-        if near:
-            lanes = held_lanes(tiles, columns, n, top, P, T, FULL, NEAR_EXPONENTIAL)
-        else:
-            lanes = held_lanes(tiles, columns, n, top, P, T, FULL, EXPONENTIAL)
-        total = log(fold(lanes, 0))
-        for t in tl.static_range(T * P):
-            y = _output(tiles[t], top, total, total, True, True)
-            store_tile(to, columns, n, y, t, T * P, FULL, False, P)
-    elif near:
-        _held_softmax(tiles, to, columns, n, top, P, T, FULL, True)
+    if near:
+        _held_row(tiles, to, columns, n, top, LOG, P, T, FULL, True)
     else:
-        _held_softmax(tiles, to, columns, n, top, P, T, FULL, False)
+        _held_row(tiles, to, columns, n, top, LOG, P, T, FULL, False)
 
 
 @triton.jit
-def _held_softmax(
+def _held_row(
     tiles,
     to,
     columns,
     n,
     top,
+    LOG: tl.constexpr,
     P: tl.constexpr,
     T: tl.constexpr,
     FULL: tl.constexpr,
     NEAR: tl.constexpr,
 ):
-    each = ()
-    for t in tl.static_range(T * P):
-        each = each + (_exponential(tiles[t], top, NEAR),)  # noqa: RUF005
-    total = fold(held_lanes(each, columns, n, top, P, T, FULL, 0), 0)
-    reciprocal = tl.div_rn(1.0, total)
-    for t in tl.static_range(T * P):
-        y = _divided(each[t], total, reciprocal, NEAR)
-        store_tile(to, columns, n, y, t, T * P, FULL, NEAR, P)
+    if LOG:
+        kind: tl.constexpr = NEAR_EXPONENTIAL if NEAR else EXPONENTIAL
+        total = log(fold(held_lanes(tiles, columns, n, top, P, T, FULL, kind), 0))
+        for t in tl.static_range(T * P):
+            y = _output(tiles[t], top, total, total, True, NEAR)
+            store_tile(to, columns, n, y, t, T * P, FULL, NEAR, P)
+    else:
+        each = ()
+        for t in tl.static_range(T * P):
+            each = each + (_exponential(tiles[t], top, NEAR),)  # noqa: RUF005
+        total = fold(held_lanes(each, columns, n, top, P, T, FULL, 0), 0)
+        reciprocal = tl.div_rn(1.0, total)
+        for t in tl.static_range(T * P):
+            y = _divided(each[t], total, reciprocal, NEAR)
+            store_tile(to, columns, n, y, t, T * P, FULL, NEAR, P)
+
+
+@triton.jit
+def _walked_output(
+    x, out, start, n, top, total, reciprocal, LOG: tl.constexpr, NEAR: tl.constexpr
+):
+    columns = tl.arange(0, _SEGMENT)
+    left = n - start
+    v = tl.load(x + start + columns, mask=columns < left, other=float("-inf"))
+    y = _output(v, top, total, reciprocal, LOG, NEAR)
+    store_tile(out + start, columns, left, y, 0, 1, False, NEAR)
 
 
 @triton.jit(do_not_specialize=["rows", "n_units"])
@@ -133,19 +144,13 @@ def _walked_kernel(x, out, rows, n_units, LOG: tl.constexpr, UNIT: tl.constexpr)
         if LOG:
             total = log(total)
         # From the end, which the cache still has.
-        if near or LOG:
-            wide = tl.arange(0, _SEGMENT)
-            last = (n - 1) // _SEGMENT * _SEGMENT
-            for back in tl.range(0, n, _SEGMENT):
-                at = last - back + wide
-                v = tl.load(from_ + at, mask=at < n, other=float("-inf"))
-                y = _output(v, top, total, reciprocal, LOG, True)
-                store_tile(to + (last - back), wide, n - (last - back), y, 0, 1, False, not LOG)
+        last = (n - 1) // _SEGMENT * _SEGMENT
+        if near:
+            for back in tl.range(0, n, _SEGMENT, num_stages=AHEAD):
+                _walked_output(from_, to, last - back, n, top, total, reciprocal, LOG, True)
         else:
-            for start in tl.range(0, n, _LANES):
-                v = load_tile(from_ + start, columns, n - start, 0, 1, False, float("-inf"))
-                y = _output(v, top, total, reciprocal, LOG, False)
-                store_tile(to + start, columns, n - start, y, 0, 1, False, False)
+            for back in tl.range(0, n, _SEGMENT):
+                _walked_output(from_, to, last - back, n, top, total, reciprocal, LOG, False)
         row += tl.num_programs(0)
 
 
@@ -240,7 +245,7 @@ def _gradient(g, y, total, LOG: tl.constexpr):
         return (g - total) * y
 
 
-held = RowKernel(_held_kernel, overlaps=True)
+held = RowKernel(_held_kernel, overlaps=True, registers={8: 80})  # three programs
 walked = RowKernel(_walked_kernel, overlaps=True)
 segment = RowKernel(_segment_kernel, overlaps=True)
 backward = RowKernel(_backward_kernel, overlaps=True)
