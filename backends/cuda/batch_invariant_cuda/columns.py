@@ -12,7 +12,7 @@ import triton.language as tl
 
 from batch_invariant_cuda.reduce_ops import finished, first_term, last_term, needs_mean
 from batch_invariant_cuda.row_launch import RowKernel, aligned, unit_of
-from batch_invariant_cuda.rows import FACTOR, LANES, SEGMENT, combine, rounded, take_turn, term
+from batch_invariant_cuda.rows import FACTOR, FEW, LANES, SEGMENT, combine, rounded, take_turn, term
 
 _LANES = tl.constexpr(LANES)
 _SEGMENT = tl.constexpr(SEGMENT)
@@ -95,7 +95,7 @@ def _column_kernel(
     tl.store(to, rounded(y, out.dtype.element_ty), mask=column < inner)
 
 
-_columns = RowKernel(_column_kernel, overlaps=True)
+_columns = RowKernel(_column_kernel, overlaps=FEW.value)
 
 
 def reduce_columns(

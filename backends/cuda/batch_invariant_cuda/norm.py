@@ -24,7 +24,7 @@ from batch_invariant.ops.norm import (
 )
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 from batch_invariant_cuda import segments
-from batch_invariant_cuda.norm_kernels import held, segment, walked
+from batch_invariant_cuda.norm_kernels import held, held_sums, segment, walked
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import CENTRED_RSTD, MEAN, RSTD, TERM_OF
 from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
@@ -127,14 +127,12 @@ def _launch(
     affine = (weight is not None, bias is not None, groups > 0)
     if not shape.tiles:
         static = (centred, summed, *affine, shape.unit)
-        return walked, (
-            *(shape.programs, tensors, (rows, *numbers), static),
-            *(shape.warps, shape.wide),
-        )
+        return walked, (rows, tensors, numbers, static, shape.warps, shape.wide)
     plan = (shape.width, shape.parts, shape.tiles, shape.full, shape.unit)
     # A row on many warps waits for its parts: what comes after the sum is fetched before it.
     static = (centred, summed, size != n, *affine, *plan, shape.warps == 16)
-    return held, (rows, tensors, numbers, static, shape.warps, shape.wide)
+    kernel = held_sums if summed else held
+    return kernel, (rows, tensors, numbers, static, shape.warps, shape.wide)
 
 
 _calls = Calls()

@@ -8,7 +8,8 @@ import triton.language as tl
 from batch_invariant_cuda.reduce_ops import RSTD, finished
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import (
-    AHEAD,
+    FEW,
+    FEW_SEGMENTS,
     LANES,
     SEGMENT,
     SQUARE,
@@ -99,7 +100,7 @@ def _walked_squares(
 ):
     """The lanes of squares, or of squared differences, of the first n elements of a row."""
     lanes = tl.zeros((_LANES,), tl.float32)
-    for start in tl.range(0, n, _SEGMENT, num_stages=AHEAD):
+    for start in tl.range(0, n, _SEGMENT):
         part = tl.zeros((_LANES,), tl.float32)
         for t in tl.static_range(_DEPTH):
             column = start + t * _LANES + columns
@@ -154,9 +155,7 @@ def _held_kernel(
             v = v + load_tile(residual + at, columns, n, t, T * P, FULL, 0.0, P).to(tl.float32)
         tiles = tiles + (v,)  # noqa: RUF005
     if EARLY:
-        weights = _held_parameter(
-            weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED
-        )
+        weights = _held_parameter(weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED)
         biases = _held_parameter(bias, first, columns, n, spatial, P, T, FULL, BIAS, GROUPED)
     if CENTRED:
         mean = fold(held_lanes(tiles, columns, n, mean, P, T, FULL, VALUE), VALUE)
@@ -177,9 +176,7 @@ def _held_kernel(
     if CENTRED:
         tl.store(rstd_out + row, rounded(rstd, tl.float32))
     if not EARLY:
-        weights = _held_parameter(
-            weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED
-        )
+        weights = _held_parameter(weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED)
         biases = _held_parameter(bias, first, columns, n, spatial, P, T, FULL, BIAS, GROUPED)
     for t in tl.static_range(T * P):
         y = _affine(tiles[t], mean, rstd, weights[t], biases[t], CENTRED, WEIGHT, BIAS)
@@ -188,9 +185,7 @@ def _held_kernel(
             store_tile(total_out + at, columns, n, tiles[t], t, T * P, FULL, False, P)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "n_units", "variance_size", "groups", "spatial", "size", "eps"]
-)
+@triton.jit(do_not_specialize=["n_units", "variance_size", "groups", "spatial", "size", "eps"])
 def _walked_kernel(
     x,
     residual,
@@ -200,7 +195,6 @@ def _walked_kernel(
     total_out,
     mean_out,
     rstd_out,
-    rows,
     n_units,
     variance_size,
     groups,
@@ -218,32 +212,30 @@ def _walked_kernel(
     n = n_units * UNIT
     columns = tl.arange(0, _LANES)
     row = tl.program_id(0).to(tl.int64)
-    while row < rows:
-        at = row * n
-        first = row % groups * (n // spatial) if GROUPED else row
-        mean = 0.0
-        if CENTRED:
-            mean = fold(walked_lanes(x + at, columns, n, mean, UNIT, VALUE), VALUE)
-            mean = tl.div_rn(mean, size)
-            tl.store(mean_out + row, rounded(mean, tl.float32))
-        lanes = _walked_squares(x, residual, at, columns, variance_size, mean, CENTRED, RESIDUAL)
-        total = fold(lanes, VALUE)
-        rstd = finished(total, total, size, eps, RSTD)
-        if CENTRED:
-            tl.store(rstd_out + row, rounded(rstd, tl.float32))
-        last = (n - 1) // _SEGMENT * _SEGMENT
-        for back in tl.range(0, n, _SEGMENT, num_stages=AHEAD):  # from the end, which the cache still has
-            column = last - back + tl.arange(0, _SEGMENT)
-            there = column < n
-            v = _load_sum(x, residual, at + column, there, RESIDUAL)
-            w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED)
-            b = _parameter(bias, first, column, there, spatial, BIAS, GROUPED)
-            y = _affine(v, mean, rstd, w, b, CENTRED, WEIGHT, BIAS)
-            tl.store(out + at + column, rounded(y, out.dtype.element_ty), mask=there)
-            if RESIDUAL:
-                s = rounded(v, out.dtype.element_ty)
-                tl.store(total_out + at + column, s, mask=there)
-        row += tl.num_programs(0)
+    at = row * n
+    first = row % groups * (n // spatial) if GROUPED else row
+    mean = 0.0
+    if CENTRED:
+        mean = fold(walked_lanes(x + at, columns, n, mean, UNIT, VALUE), VALUE)
+        mean = tl.div_rn(mean, size)
+        tl.store(mean_out + row, rounded(mean, tl.float32))
+    lanes = _walked_squares(x, residual, at, columns, variance_size, mean, CENTRED, RESIDUAL)
+    total = fold(lanes, VALUE)
+    rstd = finished(total, total, size, eps, RSTD)
+    if CENTRED:
+        tl.store(rstd_out + row, rounded(rstd, tl.float32))
+    last = (n - 1) // _SEGMENT * _SEGMENT
+    for back in tl.range(0, n, _SEGMENT):  # from the end, which the cache still has
+        column = last - back + tl.arange(0, _SEGMENT)
+        there = column < n
+        v = _load_sum(x, residual, at + column, there, RESIDUAL)
+        w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED)
+        b = _parameter(bias, first, column, there, spatial, BIAS, GROUPED)
+        y = _affine(v, mean, rstd, w, b, CENTRED, WEIGHT, BIAS)
+        tl.store(out + at + column, rounded(y, out.dtype.element_ty), mask=there)
+        if RESIDUAL:
+            s = rounded(v, out.dtype.element_ty)
+            tl.store(total_out + at + column, s, mask=there)
 
 
 @triton.jit(do_not_specialize=["n_units", "count", "groups", "spatial"])
@@ -264,7 +256,7 @@ def _segment_kernel(
     GROUPED: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    take_turn()
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // count, task % count
     n = n_units * UNIT
@@ -281,6 +273,7 @@ def _segment_kernel(
     tl.store(out + row * n + column, rounded(y, out.dtype.element_ty), mask=there)
 
 
-held = RowKernel(_held_kernel, overlaps=True, registers={8: 80})  # three programs
-walked = RowKernel(_walked_kernel, overlaps=True)
-segment = RowKernel(_segment_kernel, overlaps=True)
+held = RowKernel(_held_kernel, overlaps=FEW.value, registers={8: 80})
+held_sums = RowKernel(_held_kernel, overlaps=FEW.value)  # with a residual, which needs more
+walked = RowKernel(_walked_kernel, overlaps=FEW.value)
+segment = RowKernel(_segment_kernel, overlaps=FEW_SEGMENTS.value)

@@ -42,6 +42,8 @@ from batch_invariant_cuda.reduce_ops import (
 )
 from batch_invariant_cuda.row_launch import Calls, Plan, RowKernel, plan_of
 from batch_invariant_cuda.rows import (
+    FEW,
+    FEW_SEGMENTS,
     LANES,
     combine,
     fold,
@@ -106,7 +108,7 @@ def _finish_kernel(
     OP: tl.constexpr,
     TOPS: tl.constexpr,
 ):
-    take_turn()
+    take_turn(FEW_SEGMENTS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, _LANES)
     from_ = lanes + row * parts * _LANES + columns
@@ -121,8 +123,8 @@ def _finish_kernel(
     tl.store(out + row, rounded(y, out.dtype.element_ty))
 
 
-_reduce = RowKernel(_reduce_kernel, overlaps=True)
-_finish = RowKernel(_finish_kernel, overlaps=True)
+_reduce = RowKernel(_reduce_kernel, overlaps=FEW.value)
+_finish = RowKernel(_finish_kernel, overlaps=FEW_SEGMENTS.value)
 
 
 def finish(

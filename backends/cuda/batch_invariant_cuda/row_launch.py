@@ -25,12 +25,13 @@ class RowKernel:
     """A Triton kernel whose parameters are tensors, then numbers, then constexprs.
 
     The numbers are declared `do_not_specialize`. Contraction of a product and a sum is off: an
-    FMA happens only where a kernel asks for one. `overlaps`: it begins with `rows.take_turn`.
+    FMA happens only where a kernel asks for one. overlaps: with up to that many programs
+    it begins before the kernel in front of it has ended; it then starts by `rows.take_turn`.
     registers: how many a thread may use, by the number of warps, so that more programs fit.
     """
 
     def __init__(
-        self, fn: Any, overlaps: bool = False, registers: Mapping[int, int] | None = None
+        self, fn: Any, overlaps: int = 0, registers: Mapping[int, int] | None = None
     ) -> None:
         self._fn = self._anywhere = fn
         self._overlaps = overlaps
@@ -84,9 +85,10 @@ class RowKernel:
         static: tuple[Any, ...],
         warps: int,
         wide: bool,
+        overlaps: bool,
     ) -> tuple[Any, ...]:
         return (
-            *(device, warps, wide, static),
+            *(device, warps, wide, overlaps, static),
             tuple(None if t is None else (t.dtype, wide and t.data_ptr() % 16) for t in tensors),
             tuple(isinstance(v, float) or -_INT32 <= v < _INT32 for v in numbers),
         )
@@ -101,14 +103,15 @@ class RowKernel:
         warps: int,
         wide: bool,
     ) -> None:
-        key = self._key(device, tensors, numbers, static, warps, wide)
+        overlaps = programs <= self._overlaps
+        key = self._key(device, tensors, numbers, static, warps, wide, overlaps)
         kernel = self._compiled.get(key)
         if kernel is None or knobs.runtime.launch_enter_hook.calls:
             fn = self._fn if wide else self._anywhere
             self._compiled[key] = fn[(programs,)](
                 *tensors, *numbers, *static,
                 num_warps=warps, enable_fp_fusion=False, maxnreg=self._registers.get(warps),
-                launch_pdl=self._overlaps and torch.cuda.get_device_capability(device) >= (9, 0),
+                launch_pdl=overlaps and torch.cuda.get_device_capability(device) >= (9, 0),
             )  # fmt: skip
             return
         kernel.run(
@@ -133,7 +136,8 @@ class RowKernel:
         if not self._direct or programs == 0 or first is None:
             return None
         device = first.get_device()
-        kernel = self._compiled.get(self._key(device, tensors, numbers, static, warps, wide))
+        key = (device, tensors, numbers, static, warps, wide, programs <= self._overlaps)
+        kernel = self._compiled.get(self._key(*key))
         if kernel is None:
             return None
         runner = kernel.run
@@ -184,7 +188,7 @@ class Plan:
     tiles: terms of a lane that are held in registers; 0 for rows that are walked.
     width, parts: lanes of a tile, and tiles that make up the lanes.
     full: no tile reaches beyond the row's end. unit: see `unit_of`.
-    programs: how many of them share the rows. split: a row's segments are spread over programs.
+    split: segments of a row are spread over programs.
     """
 
     tiles: int
@@ -194,7 +198,6 @@ class Plan:
     unit: int
     warps: int
     split: bool
-    programs: int
 
     @property
     def wide(self) -> bool:
@@ -231,10 +234,7 @@ def plan(rows: int, n: int, processors: int, single_pass: bool, aligned: bool = 
     terms = -(-n // LANES)
     if terms > (1 if unit == 1 else HELD):
         split = rows < 2 * processors and n > SEGMENT
-        if single_pass or n <= HELD * LANES:
-            return Plan(0, LANES, 1, False, unit, 8, split, rows)
-        # A row is read again: so few at a time that the cache keeps them.
-        return Plan(0, LANES, 1, False, unit, 16, split, min(rows, processors))
+        return Plan(0, LANES, 1, False, unit, 8, split)
     lanes = next(width for width in (128, LANES) if width >= min(n, LANES))
     if unit > 1:
         lanes = min(LANES, max(128, triton.next_power_of_2(n)))
@@ -247,7 +247,7 @@ def plan(rows: int, n: int, processors: int, single_pass: bool, aligned: bool = 
     width = min(lanes, 256 * warps)
     warps = max(1, min(warps, width // 64))
     full = unit > 1 and n == terms * lanes
-    return Plan(terms, width, lanes // width, full, unit, warps, False, rows)
+    return Plan(terms, width, lanes // width, full, unit, warps, False)
 
 
 def aligned(*tensors: torch.Tensor | None) -> bool:

@@ -45,17 +45,24 @@ def _overlaps():
     return not knobs.runtime.interpret and cuda_capability_geq(9, 0)
 
 
+FEW = tl.constexpr(
+    2048
+)  # programs that may wait for their turn; more would cost more than it saves
+FEW_SEGMENTS = tl.constexpr(128)  # the same where several launches make up a call
+
+
 @triton.jit
-def take_turn():
-    """Waits for what was launched before, then lets the next launch begin.
+def take_turn(LIMIT: tl.constexpr = FEW):
+    """Waits for what was launched before, then lets the next launch begin; up to LIMIT programs.
 
     The first thing that a row kernel does: `RowKernel` lets it start while the kernel before it
     still runs, where the GPU can do that. The other way round, launches far ahead would wait on
     the multiprocessors that the running one needs.
     """
-    if _overlaps():
-        gdc_wait()
-        gdc_launch_dependents()
+    if _overlaps():  # noqa: SIM102  (known when it is compiled; the other is not)
+        if tl.num_programs(0) <= LIMIT:
+            gdc_wait()
+            gdc_launch_dependents()
 
 
 @triton.jit
@@ -250,7 +257,8 @@ def walked_lanes(x, columns, n, shift, UNIT: tl.constexpr, TERM: tl.constexpr):
             total = combine(total, v, TERM)
     else:
         whole = n // _SEGMENT * _SEGMENT
-        for start in tl.range(0, whole, _SEGMENT, num_stages=AHEAD):
+        stages: tl.constexpr = AHEAD if TERM == NEAR_EXPONENTIAL else 1
+        for start in tl.range(0, whole, _SEGMENT, num_stages=stages):
             v = segment_lanes(x + start, columns, _SEGMENT, shift, True, TERM)
             total = combine(total, v, TERM)
         if whole < n:
@@ -334,15 +342,20 @@ def walked_range(x, n):
 
     The sum that comes next begins where this ends, with what is still in the cache.
     """
-    columns = tl.arange(0, _SEGMENT)
+    columns = tl.arange(0, _LANES)
+    top = tl.full((_LANES,), float("-inf"), tl.float32)
+    bottom = tl.full((_LANES,), float("inf"), tl.float32)
     whole = n // _SEGMENT * _SEGMENT
-    there = whole + columns < n
-    top = tl.load(x + whole + columns, mask=there, other=float("-inf")).to(tl.float32)
-    bottom = tl.where(there, top, float("inf"))
-    for back in tl.range(_SEGMENT, whole + 1, _SEGMENT, num_stages=AHEAD):
-        v = tl.load(x + (whole - back) + columns).to(tl.float32)
+    for t in tl.static_range(_DEPTH):
+        at = whole + t * _LANES + columns
+        v = tl.load(x + at, mask=at < n, other=float("-inf")).to(tl.float32)
         top = larger(top, v)
-        bottom = smaller(bottom, v)
+        bottom = smaller(bottom, tl.where(at < n, v, float("inf")))
+    for back in tl.range(_SEGMENT, whole + 1, _SEGMENT, num_stages=AHEAD):
+        for t in tl.static_range(_DEPTH):
+            v = tl.load(x + (whole - back) + t * _LANES + columns).to(tl.float32)
+            top = larger(top, v)
+            bottom = smaller(bottom, v)
     return range_of(top, bottom)
 
 

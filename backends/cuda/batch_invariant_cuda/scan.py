@@ -21,7 +21,7 @@ from batch_invariant.order import serial
 from batch_invariant.stock import stock
 from batch_invariant_cuda.reduce import cast
 from batch_invariant_cuda.row_launch import RowKernel
-from batch_invariant_cuda.rows import rounded, take_turn
+from batch_invariant_cuda.rows import FEW, rounded, take_turn
 
 
 @triton.jit(do_not_specialize=["outer", "n", "inner"])
@@ -48,7 +48,7 @@ def _cumsum_kernel(x, out, outer, n, inner, BLOCK: tl.constexpr, DEPTH: tl.const
         tl.store(out + at + i * step, rounded(total, out.dtype.element_ty), mask=there)
 
 
-_cumsum_chains = RowKernel(_cumsum_kernel, overlaps=True)
+_cumsum_chains = RowKernel(_cumsum_kernel, overlaps=FEW.value)
 
 
 def _chains(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,7 @@ from batch_invariant.stock import stock
 from batch_invariant_cuda.row_launch import Plan, RowKernel
 from batch_invariant_cuda.rows import (
     EXPONENTIAL,
+    FEW_SEGMENTS,
     LANES,
     NEAR_EXPONENTIAL,
     SEGMENT,
@@ -75,7 +76,7 @@ def row_shift(shift, row, tops, SHIFT: tl.constexpr, SEGMENTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_units", "segments"])
 def _top_kernel(x, tops, n_units, segments, UNIT: tl.constexpr):
-    take_turn()
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // segments, task % segments
     n = n_units * UNIT
@@ -103,7 +104,7 @@ def _lanes_kernel(
     SEGMENTS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    take_turn()
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // segments, task % segments
     n = n_units * UNIT
@@ -125,7 +126,7 @@ def _lanes_kernel(
 @triton.jit(do_not_specialize=["segments"])
 def _add_up_kernel(lanes, total, segments, TERM: tl.constexpr, PART: tl.constexpr):
     parts: tl.constexpr = _LANES // PART
-    take_turn()
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, part = task // parts, task % parts
     columns = part * PART + tl.arange(0, PART)
@@ -136,9 +137,9 @@ def _add_up_kernel(lanes, total, segments, TERM: tl.constexpr, PART: tl.constexp
     tl.store(total + row * _LANES + columns, v)
 
 
-_top = RowKernel(_top_kernel, overlaps=True)
-_lanes = RowKernel(_lanes_kernel, overlaps=True)
-_add_up = RowKernel(_add_up_kernel, overlaps=True)
+_top = RowKernel(_top_kernel, overlaps=FEW_SEGMENTS.value)
+_lanes = RowKernel(_lanes_kernel, overlaps=FEW_SEGMENTS.value)
+_add_up = RowKernel(_add_up_kernel, overlaps=FEW_SEGMENTS.value)
 
 
 def segments_of(n: int) -> int:

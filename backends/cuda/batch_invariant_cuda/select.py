@@ -27,7 +27,7 @@ from batch_invariant.ops.select import topk_shape
 from batch_invariant.order import undeclared
 from batch_invariant.stock import stock
 from batch_invariant_cuda.row_launch import RowKernel
-from batch_invariant_cuda.rows import take_turn
+from batch_invariant_cuda.rows import FEW, take_turn
 
 _BLOCK = 1024
 _INDEX = 2**32
@@ -50,7 +50,7 @@ def _key_kernel(x, keys, n, blocks, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(keys + row * n + column, key, mask=there)
 
 
-_keys = RowKernel(_key_kernel, overlaps=True)
+_keys = RowKernel(_key_kernel, overlaps=FEW.value)
 
 
 def _topk_rows(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:

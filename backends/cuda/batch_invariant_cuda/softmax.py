@@ -61,8 +61,8 @@ def softmax_rows(log: bool, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Te
 def _launch(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
     rows, n = x.shape
     if not shape.tiles:
-        numbers, static = (rows, n // shape.unit), (log, shape.unit)
-        return walked, (shape.programs, (x, out), numbers, static, shape.warps, shape.wide)
+        tail = ((log, shape.unit), shape.warps, shape.wide)
+        return walked, (rows, (x, out), (n // shape.unit,), *tail)
     static = (log, shape.width, shape.parts, shape.tiles, shape.full, shape.unit)
     return held, (rows, (x, out), (n // shape.unit,), static, shape.warps, shape.wide)
 

@@ -11,6 +11,8 @@ from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import (
     AHEAD,
     EXPONENTIAL,
+    FEW,
+    FEW_SEGMENTS,
     LANES,
     NEAR_EXPONENTIAL,
     SEGMENT,
@@ -115,43 +117,65 @@ def _held_row(
 
 
 @triton.jit
+def _walked_outputs(x, out, n, top, total, reciprocal, LOG: tl.constexpr, WIDE: tl.constexpr):
+    """Results from the end of a row, which the cache still has."""
+    whole = n // _SEGMENT * _SEGMENT
+    if whole < n:
+        _walked_output(x, out, whole, n, top, total, reciprocal, LOG, True, False)
+    if WIDE:
+        for back in tl.range(_SEGMENT, whole + 1, _SEGMENT, num_stages=AHEAD):
+            _walked_output(x, out, whole - back, n, top, total, reciprocal, LOG, True, True)
+    else:
+        for back in tl.range(_SEGMENT, whole + 1, _SEGMENT):
+            _walked_output(x, out, whole - back, n, top, total, reciprocal, LOG, True, True)
+
+
+@triton.jit
 def _walked_output(
-    x, out, start, n, top, total, reciprocal, LOG: tl.constexpr, NEAR: tl.constexpr
+    x,
+    out,
+    start,
+    n,
+    top,
+    total,
+    reciprocal,
+    LOG: tl.constexpr,
+    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     columns = tl.arange(0, _SEGMENT)
-    left = n - start
-    v = tl.load(x + start + columns, mask=columns < left, other=float("-inf"))
+    v = load_tile(x + start, columns, n - start, 0, 1, WHOLE, float("-inf"))
     y = _output(v, top, total, reciprocal, LOG, NEAR)
-    store_tile(out + start, columns, left, y, 0, 1, False, NEAR)
+    store_tile(out + start, columns, n - start, y, 0, 1, WHOLE, NEAR)
 
 
-@triton.jit(do_not_specialize=["rows", "n_units"])
-def _walked_kernel(x, out, rows, n_units, LOG: tl.constexpr, UNIT: tl.constexpr):
+@triton.jit(do_not_specialize=["n_units"])
+def _walked_kernel(x, out, n_units, LOG: tl.constexpr, UNIT: tl.constexpr):
     take_turn()
     n = n_units * UNIT
     columns = tl.arange(0, _LANES)
     row = tl.program_id(0).to(tl.int64)
-    while row < rows:
-        from_, to = x + row * n, out + row * n
-        top, bottom = walked_range(from_, n)
-        near = is_near(top, bottom)
-        if near:
-            lanes = walked_lanes(from_, columns, n, top, UNIT, NEAR_EXPONENTIAL)
+    from_, to = x + row * n, out + row * n
+    top, bottom = walked_range(from_, n)
+    near = is_near(top, bottom)
+    if near:
+        lanes = walked_lanes(from_, columns, n, top, UNIT, NEAR_EXPONENTIAL)
+    else:
+        lanes = walked_lanes(from_, columns, n, top, UNIT, EXPONENTIAL)
+    total = fold(lanes, 0)
+    reciprocal = tl.div_rn(1.0, total)
+    if LOG:
+        total = log(total)
+    # From the end, which the cache still has.
+    if near:
+        if UNIT == 1:
+            _walked_outputs(from_, to, n, top, total, reciprocal, LOG, False)
         else:
-            lanes = walked_lanes(from_, columns, n, top, UNIT, EXPONENTIAL)
-        total = fold(lanes, 0)
-        reciprocal = tl.div_rn(1.0, total)
-        if LOG:
-            total = log(total)
-        # From the end, which the cache still has.
-        last = (n - 1) // _SEGMENT * _SEGMENT
-        if near:
-            for back in tl.range(0, n, _SEGMENT, num_stages=AHEAD):
-                _walked_output(from_, to, last - back, n, top, total, reciprocal, LOG, True)
-        else:
-            for back in tl.range(0, n, _SEGMENT):
-                _walked_output(from_, to, last - back, n, top, total, reciprocal, LOG, False)
-        row += tl.num_programs(0)
+            _walked_outputs(from_, to, n, top, total, reciprocal, LOG, True)
+    else:
+        for back in tl.range(0, n, _SEGMENT):
+            at = (n - 1) // _SEGMENT * _SEGMENT - back
+            _walked_output(from_, to, at, n, top, total, reciprocal, LOG, False, False)
 
 
 @triton.jit(do_not_specialize=["n_units", "count", "tops"])
@@ -167,7 +191,7 @@ def _segment_kernel(
     TOPS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    take_turn()
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // count, task % count
     n = n_units * UNIT
@@ -245,7 +269,7 @@ def _gradient(g, y, total, LOG: tl.constexpr):
         return (g - total) * y
 
 
-held = RowKernel(_held_kernel, overlaps=True, registers={8: 80})  # three programs
-walked = RowKernel(_walked_kernel, overlaps=True)
-segment = RowKernel(_segment_kernel, overlaps=True)
-backward = RowKernel(_backward_kernel, overlaps=True)
+held = RowKernel(_held_kernel, overlaps=FEW.value, registers={8: 80})
+walked = RowKernel(_walked_kernel, overlaps=FEW.value, registers={8: 80})
+segment = RowKernel(_segment_kernel, overlaps=FEW_SEGMENTS.value)
+backward = RowKernel(_backward_kernel, overlaps=FEW.value)

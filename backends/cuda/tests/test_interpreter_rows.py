@@ -57,7 +57,7 @@ def close(label, name, *args, **kwargs):
 
 real, unit = row_launch.plan.__wrapped__, row_launch.unit_of
 def walked(split):
-    return lambda rows, n, *_: row_launch.Plan(0, 1024, 1, False, unit(n), 8, split, 1)
+    return lambda rows, n, *_: row_launch.Plan(0, 1024, 1, False, unit(n), 8, split)
 
 plans = {
     "held": real,
