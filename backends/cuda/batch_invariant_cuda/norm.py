@@ -105,26 +105,28 @@ def norm_rows(
             total = x.to(out.dtype).masked_fill_(x.isnan(), math.nan)
         mean, rstd = _split_rows(x, weight, bias, out, eps, centred, groups, spatial, shape)
         return out, total, mean, rstd
-    tensors = (x, residual, weight, bias, out, total, mean, rstd)
-    kernel, launch = _launch(tensors, size, groups, spatial, eps, shape)
+    others = (residual, weight, bias, out, total, mean, rstd)
+    kernel, launch = _launch(x, others, size, groups, spatial, eps, shape)
     kernel(*launch)
     return out, total, mean, rstd
 
 
 def _launch(
-    tensors: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    others: Sequence[torch.Tensor | None],
     size: int,
     groups: int,
     spatial: int,
     eps: float,
     shape: Plan,
 ) -> Any:
-    x, residual, weight, bias, _, _, mean, _ = tensors
-    assert x is not None
+    residual, weight, bias, _, _, mean, _ = others
+    tensors = (x, *others)
     rows, n = x.shape
     numbers = (n // shape.unit, size, groups, spatial, float(size), eps)
     centred, summed = mean is not None, residual is not None
     affine = (weight is not None, bias is not None, groups > 0)
+    static: tuple[Any, ...]
     if not shape.tiles:
         static = (centred, summed, *affine, shape.unit)
         return walked, (rows, tensors, numbers, static, shape.warps, shape.wide)
@@ -189,8 +191,8 @@ def _repeat(
         return None
     eps = torch.finfo(stats_dtype(x.dtype)).eps if eps is None else eps
     out, total = outputs
-    tensors = (matrix, other, weight, None, out, None if other is None else total, None, None)
-    kernel, launch = _launch(tensors, size, 0, 1, eps, shape)
+    others = (other, weight, None, out, None if other is None else total, None, None)
+    kernel, launch = _launch(matrix, others, size, 0, 1, eps, shape)
     start = kernel.repeat(*launch)
     if start is None:
         return None

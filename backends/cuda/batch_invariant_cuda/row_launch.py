@@ -25,8 +25,10 @@ class RowKernel:
     """A Triton kernel whose parameters are tensors, then numbers, then constexprs.
 
     The numbers are declared `do_not_specialize`. Contraction of a product and a sum is off: an
-    FMA happens only where a kernel asks for one. overlaps: with up to that many programs
-    it begins before the kernel in front of it has ended; it then starts by `rows.take_turn`.
+    FMA happens only where a kernel asks for one.
+
+    overlaps: with up to that many programs it is launched before the kernel in front of it has
+    ended, and starts by `rows.take_turn` of that number, which waits for it.
     registers: how many a thread may use, by the number of warps, so that more programs fit.
     """
 
@@ -235,9 +237,10 @@ def plan(rows: int, n: int, processors: int, single_pass: bool, aligned: bool = 
     if terms > (1 if unit == 1 else HELD):
         split = rows < 2 * processors and n > SEGMENT
         return Plan(0, LANES, 1, False, unit, 8, split)
-    lanes = next(width for width in (128, LANES) if width >= min(n, LANES))
     if unit > 1:
         lanes = min(LANES, max(128, triton.next_power_of_2(n)))
+    else:
+        lanes = 128 if n <= 128 else LANES
     if rows <= 4 * processors:
         warps = 16 if terms > 2 else 1
     elif single_pass:

@@ -270,6 +270,6 @@ def _gradient(g, y, total, LOG: tl.constexpr):
 
 
 held = RowKernel(_held_kernel, overlaps=FEW.value, registers={8: 80})
-walked = RowKernel(_walked_kernel, overlaps=FEW.value, registers={8: 80})
+walked = RowKernel(_walked_kernel, overlaps=FEW.value, registers={8: 64})
 segment = RowKernel(_segment_kernel, overlaps=FEW_SEGMENTS.value)
 backward = RowKernel(_backward_kernel, overlaps=FEW.value)
