@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from batch_invariant_cuda.reduce_ops import finished, first_term, last_term, needs_mean
-from batch_invariant_cuda.row_launch import RowKernel, unit_of
-from batch_invariant_cuda.rows import FACTOR, LANES, SEGMENT, combine, rounded, term
+from batch_invariant_cuda.row_launch import RowKernel, aligned, unit_of
+from batch_invariant_cuda.rows import FACTOR, FEW, LANES, SEGMENT, combine, rounded, take_turn, term
 
 _LANES = tl.constexpr(LANES)
 _SEGMENT = tl.constexpr(SEGMENT)
@@ -78,6 +78,7 @@ def _column_kernel(
     C: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    take_turn()
     inner = inner_units * UNIT
     blocks = tl.cdiv(inner, C)
     task = tl.program_id(0)
@@ -94,7 +95,7 @@ def _column_kernel(
     tl.store(to, rounded(y, out.dtype.element_ty), mask=column < inner)
 
 
-_columns = RowKernel(_column_kernel)
+_columns = RowKernel(_column_kernel, overlaps=FEW.value)
 
 
 def reduce_columns(
@@ -105,12 +106,13 @@ def reduce_columns(
     out = torch.empty(outer * inner, dtype=out_dtype, device=x.device)
     lanes = min(LANES, triton.next_power_of_2(n))
     width = 32 if lanes < LANES else 16
-    unit = unit_of(inner)
+    unit = unit_of(inner, aligned(x))
     _columns(
         outer * -(-inner // width),
         (x, out),
         (n, inner // unit, float(n), divisor),
         (op, lanes, width, unit),
         8,
+        unit > 1,
     )
     return out

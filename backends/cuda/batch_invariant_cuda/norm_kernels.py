@@ -8,6 +8,8 @@ import triton.language as tl
 from batch_invariant_cuda.reduce_ops import RSTD, finished
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import (
+    FEW,
+    FEW_SEGMENTS,
     LANES,
     SEGMENT,
     SQUARE,
@@ -17,8 +19,9 @@ from batch_invariant_cuda.rows import (
     held_lanes,
     load_tile,
     rounded,
-    row_total,
     store_tile,
+    take_turn,
+    walked_lanes,
 )
 
 _LANES = tl.constexpr(LANES)
@@ -42,25 +45,53 @@ def _affine(
     rstd,
     weight,
     bias,
-    first,
-    column,
-    there,
-    spatial,
     CENTRED: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    GROUPED: tl.constexpr,
 ):
-    """(v - mean) * rstd * weight + bias; `first` is a group's first channel where GROUPED."""
+    """(v - mean) * rstd * weight + bias, of loaded elements."""
     if CENTRED:
         v = v - mean
     v = v * rstd
-    at = first + column // spatial if GROUPED else column
     if WEIGHT:
-        v = v * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+        v = v * weight.to(tl.float32)
     if BIAS:
-        v = v + tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+        v = v + bias.to(tl.float32)
     return v
+
+
+@triton.jit
+def _parameter(p, first, column, there, spatial, GIVEN: tl.constexpr, GROUPED: tl.constexpr):
+    """Elements of a weight or bias; `first` is a group's first channel where GROUPED."""
+    at = first + column // spatial if GROUPED else column
+    if GIVEN:
+        return tl.load(p + at, mask=there, other=0.0)
+    else:  # noqa: RET505  (Triton compiles what follows a plain return)
+        return 0.0
+
+
+@triton.jit
+def _held_parameter(
+    p,
+    first,
+    columns,
+    n,
+    spatial,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    FULL: tl.constexpr,
+    GIVEN: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """A weight or bias beside the tiles of a row."""
+    found = ()
+    for t in tl.static_range(T * P):
+        column = t * columns.shape[0] + columns
+        there = column < n
+        if FULL or t < (T - 1) * P:
+            there = column >= 0
+        found = found + (_parameter(p, first, column, there, spatial, GIVEN, GROUPED),)  # noqa: RUF005
+    return found
 
 
 @triton.jit
@@ -69,10 +100,10 @@ def _walked_squares(
 ):
     """The lanes of squares, or of squared differences, of the first n elements of a row."""
     lanes = tl.zeros((_LANES,), tl.float32)
-    for begin in tl.range(0, n, _SEGMENT):
+    for start in tl.range(0, n, _SEGMENT):
         part = tl.zeros((_LANES,), tl.float32)
         for t in tl.static_range(_DEPTH):
-            column = begin + t * _LANES + columns
+            column = start + t * _LANES + columns
             v = _load_sum(x, residual, at + column, column < n, RESIDUAL)
             if CENTRED:
                 v = v - mean
@@ -82,7 +113,7 @@ def _walked_squares(
 
 
 @triton.jit(do_not_specialize=["n_units", "variance_size", "groups", "spatial", "size", "eps"])
-def _norm_kernel(
+def _held_kernel(
     x,
     residual,
     weight,
@@ -108,7 +139,9 @@ def _norm_kernel(
     T: tl.constexpr,
     FULL: tl.constexpr,
     UNIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    take_turn()
     n = n_units * UNIT
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, L)
@@ -121,13 +154,14 @@ def _norm_kernel(
         if RESIDUAL:
             v = v + load_tile(residual + at, columns, n, t, T * P, FULL, 0.0, P).to(tl.float32)
         tiles = tiles + (v,)  # noqa: RUF005
+    if EARLY:
+        weights = _held_parameter(weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED)
+        biases = _held_parameter(bias, first, columns, n, spatial, P, T, FULL, BIAS, GROUPED)
     if CENTRED:
-        mean = row_total(tiles, x + at, columns, n, mean, P, T, FULL, VALUE)
+        mean = fold(held_lanes(tiles, columns, n, mean, P, T, FULL, VALUE), VALUE)
         mean = tl.div_rn(mean, size)
         tl.store(mean_out + row, rounded(mean, tl.float32))
-    if T == 0:
-        lanes = _walked_squares(x, residual, at, columns, variance_size, mean, CENTRED, RESIDUAL)
-    elif PARTIAL:
+    if PARTIAL:
         squares = ()
         for t in tl.static_range(T * P):
             there = t * L + columns < variance_size
@@ -141,32 +175,67 @@ def _norm_kernel(
     rstd = finished(total, total, size, eps, RSTD)
     if CENTRED:
         tl.store(rstd_out + row, rounded(rstd, tl.float32))
+    if not EARLY:
+        weights = _held_parameter(weight, first, columns, n, spatial, P, T, FULL, WEIGHT, GROUPED)
+        biases = _held_parameter(bias, first, columns, n, spatial, P, T, FULL, BIAS, GROUPED)
     for t in tl.static_range(T * P):
-        column = t * L + columns
-        there = column < n
-        if FULL or t < (T - 1) * P:
-            there = column >= 0
-        y = _affine(
-            tiles[t], mean, rstd, weight, bias, first, column, there, spatial,
-            CENTRED, WEIGHT, BIAS, GROUPED,
-        )  # fmt: skip
+        y = _affine(tiles[t], mean, rstd, weights[t], biases[t], CENTRED, WEIGHT, BIAS)
         store_tile(out + at, columns, n, y, t, T * P, FULL, False, P)
         if RESIDUAL:
             store_tile(total_out + at, columns, n, tiles[t], t, T * P, FULL, False, P)
-    if T == 0:
-        for begin in tl.range(0, n, _SEGMENT):
-            for t in tl.static_range(_DEPTH):
-                column = begin + t * _LANES + columns
-                there = column < n
-                v = _load_sum(x, residual, at + column, there, RESIDUAL)
-                y = _affine(
-                    v, mean, rstd, weight, bias, first, column, there, spatial,
-                    CENTRED, WEIGHT, BIAS, GROUPED,
-                )  # fmt: skip
-                tl.store(out + at + column, rounded(y, out.dtype.element_ty), mask=there)
-                if RESIDUAL:
-                    s = rounded(v, out.dtype.element_ty)
-                    tl.store(total_out + at + column, s, mask=there)
+
+
+@triton.jit(do_not_specialize=["n_units", "variance_size", "groups", "spatial", "size", "eps"])
+def _walked_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    out,
+    total_out,
+    mean_out,
+    rstd_out,
+    n_units,
+    variance_size,
+    groups,
+    spatial,
+    size,
+    eps,
+    CENTRED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    take_turn()
+    n = n_units * UNIT
+    columns = tl.arange(0, _LANES)
+    row = tl.program_id(0).to(tl.int64)
+    at = row * n
+    first = row % groups * (n // spatial) if GROUPED else row
+    mean = 0.0
+    if CENTRED:
+        mean = fold(walked_lanes(x + at, columns, n, mean, UNIT, VALUE), VALUE)
+        mean = tl.div_rn(mean, size)
+        tl.store(mean_out + row, rounded(mean, tl.float32))
+    lanes = _walked_squares(x, residual, at, columns, variance_size, mean, CENTRED, RESIDUAL)
+    total = fold(lanes, VALUE)
+    rstd = finished(total, total, size, eps, RSTD)
+    if CENTRED:
+        tl.store(rstd_out + row, rounded(rstd, tl.float32))
+    last = (n - 1) // _SEGMENT * _SEGMENT
+    for back in tl.range(0, n, _SEGMENT):  # from the end, which the cache still has
+        column = last - back + tl.arange(0, _SEGMENT)
+        there = column < n
+        v = _load_sum(x, residual, at + column, there, RESIDUAL)
+        w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED)
+        b = _parameter(bias, first, column, there, spatial, BIAS, GROUPED)
+        y = _affine(v, mean, rstd, w, b, CENTRED, WEIGHT, BIAS)
+        tl.store(out + at + column, rounded(y, out.dtype.element_ty), mask=there)
+        if RESIDUAL:
+            s = rounded(v, out.dtype.element_ty)
+            tl.store(total_out + at + column, s, mask=there)
 
 
 @triton.jit(do_not_specialize=["n_units", "count", "groups", "spatial"])
@@ -187,6 +256,7 @@ def _segment_kernel(
     GROUPED: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // count, task % count
     n = n_units * UNIT
@@ -197,12 +267,13 @@ def _segment_kernel(
     if CENTRED:
         centre = tl.load(mean + row)
     v = tl.load(x + row * n + column, mask=there, other=0.0).to(tl.float32)
-    y = _affine(
-        v, centre, tl.load(rstd + row), weight, bias, first, column, there, spatial,
-        CENTRED, WEIGHT, BIAS, GROUPED,
-    )  # fmt: skip
+    w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED)
+    b = _parameter(bias, first, column, there, spatial, BIAS, GROUPED)
+    y = _affine(v, centre, tl.load(rstd + row), w, b, CENTRED, WEIGHT, BIAS)
     tl.store(out + row * n + column, rounded(y, out.dtype.element_ty), mask=there)
 
 
-norm = RowKernel(_norm_kernel)
-normalize_segments = RowKernel(_segment_kernel)
+held = RowKernel(_held_kernel, overlaps=FEW.value, registers={8: 80})
+held_sums = RowKernel(_held_kernel, overlaps=FEW.value)  # with a residual, which needs more
+walked = RowKernel(_walked_kernel, overlaps=FEW.value)
+segment = RowKernel(_segment_kernel, overlaps=FEW_SEGMENTS.value)

@@ -40,8 +40,20 @@ from batch_invariant_cuda.reduce_ops import (
     last_term,
     needs_mean,
 )
-from batch_invariant_cuda.row_launch import Plan, RowKernel, plan_of
-from batch_invariant_cuda.rows import LANES, combine, fold, load_row, rounded, row_range, row_total
+from batch_invariant_cuda.row_launch import Calls, Plan, RowKernel, plan_of
+from batch_invariant_cuda.rows import (
+    FEW,
+    FEW_SEGMENTS,
+    LANES,
+    combine,
+    fold,
+    held_range,
+    load_row,
+    rounded,
+    row_total,
+    take_turn,
+    walked_range,
+)
 
 _LANES = tl.constexpr(LANES)
 
@@ -60,6 +72,7 @@ def _reduce_kernel(
     FULL: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    take_turn()
     n = n_units * UNIT
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, L)
@@ -67,15 +80,18 @@ def _reduce_kernel(
     top = 0.0
     if OP == LOGSUMEXP:
         tiles = load_row(from_, columns, n, P, T, FULL, float("-inf"))
-        top, _ = row_range(tiles, from_, columns, n, P, T, FULL)
+        if T > 0:
+            top, _ = held_range(tiles, columns, n, P, T, FULL)
+        else:
+            top, _ = walked_range(from_, n)
         top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
     else:
         tiles = load_row(from_, columns, n, P, T, FULL, 0.0)
     shift = top
     if needs_mean(OP):
-        mean = row_total(tiles, from_, columns, n, shift, P, T, FULL, first_term(OP))
+        mean = row_total(tiles, from_, columns, n, shift, P, T, FULL, UNIT, first_term(OP))
         shift = tl.div_rn(mean, size)
-    total = row_total(tiles, from_, columns, n, shift, P, T, FULL, last_term(OP))
+    total = row_total(tiles, from_, columns, n, shift, P, T, FULL, UNIT, last_term(OP))
     y = finished(total, top, size, divisor, OP)
     tl.store(out + row, rounded(y, out.dtype.element_ty))
 
@@ -92,6 +108,7 @@ def _finish_kernel(
     OP: tl.constexpr,
     TOPS: tl.constexpr,
 ):
+    take_turn(FEW_SEGMENTS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, _LANES)
     from_ = lanes + row * parts * _LANES + columns
@@ -106,8 +123,8 @@ def _finish_kernel(
     tl.store(out + row, rounded(y, out.dtype.element_ty))
 
 
-_reduce = RowKernel(_reduce_kernel)
-_finish = RowKernel(_finish_kernel)
+_reduce = RowKernel(_reduce_kernel, overlaps=FEW.value)
+_finish = RowKernel(_finish_kernel, overlaps=FEW_SEGMENTS.value)
 
 
 def finish(
@@ -167,18 +184,24 @@ def reduce_rows(
             return empty[:, 0].to(out_dtype) + 1
         values = {LOGSUMEXP.value: -math.inf}
         return torch.full((rows,), values.get(op, math.nan), dtype=out_dtype, device=x.device)
-    shape = plan_of(x, op not in (VAR, STD, LOGSUMEXP))
+    shape = plan_of(x, single_pass=op not in (VAR, STD, LOGSUMEXP))
     if shape.split:
         return _split_rows(op, x, out_dtype, divisor, shape)
     out = torch.empty(rows, dtype=out_dtype, device=x.device)
-    _reduce(
+    _reduce(*_launch(op, x, out, divisor, shape))
+    return out
+
+
+def _launch(op: int, x: torch.Tensor, out: torch.Tensor, divisor: float, shape: Plan) -> Any:
+    rows, n = x.shape
+    return (
         rows,
         (x, out),
         (n // shape.unit, float(n), divisor),
         (op, shape.width, shape.parts, shape.tiles, shape.full, shape.unit),
         shape.warps,
+        shape.wide,
     )
-    return out
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -211,6 +234,58 @@ def _reduce_dims(
     return reduce_rows(op, rows_of(x, dims), out_dtype, divisor)
 
 
+_calls = Calls()
+
+
+def _repeated(op: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A sum or mean that keeps what its calls need."""
+
+    def decorate(first: Callable[..., Any]) -> Callable[..., Any]:
+        def reduction(
+            self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+        ) -> Any:
+            key = (
+                *(op, self.shape, self.stride(), self.dtype, self.get_device()),
+                *(self.data_ptr() & 15, tuple(dim) if type(dim) is list else dim, keepdim, dtype),
+            )
+            call = _calls.find(key)
+            if call is not None:
+                return call(self)
+            out = first(self, dim, keepdim, dtype=dtype)
+            call = _repeat(op, self, dim, dtype, out)
+            if call is not None:
+                _calls.keep(key, call)
+            return out
+
+        return reduction
+
+    return decorate
+
+
+def _repeat(
+    op: int, x: torch.Tensor, dim: Any, dtype: Any, out: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The same call again as a launch and nothing else, where it is one launch on x as it lies."""
+    if not x.is_cuda or x.dtype not in FLOATS or not x.numel() or not x.is_contiguous():
+        return None
+    if normalize(dim, x.dim()) != (x.dim() - 1,) or cast(x, dtype) is not x:
+        return None
+    matrix = x.view(-1, x.size(-1))
+    shape = plan_of(matrix, single_pass=True)
+    start = None if shape.split else _reduce.repeat(*_launch(op, matrix, out, 0.0, shape))
+    if start is None:
+        return None
+    size, result = out.shape, out.dtype
+
+    def again(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(size, dtype=result)
+        start(x.data_ptr(), out.data_ptr())
+        return out
+
+    return again
+
+
+@_repeated(SUM.value)
 def _sum(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if _exact(self, dtype):
         return stock("sum.dim_IntList", "CUDA")(self, dim, keepdim, dtype=dtype)
@@ -223,6 +298,7 @@ def _sum(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: A
     return out.view(reduced_shape(self.shape, dims, keepdim))
 
 
+@_repeated(MEAN.value)
 def _mean(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if _exact(self, dtype):
         raise RuntimeError(

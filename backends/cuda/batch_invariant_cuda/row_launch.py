@@ -6,7 +6,7 @@ kernel is looked up under what its specialisation depends on, and started direct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +18,7 @@ from triton import knobs
 from batch_invariant_cuda.rows import LANES, SEGMENT
 
 _INT32 = 2**31
+_CALLS_KEPT = 8192
 
 
 class RowKernel:
@@ -25,12 +26,26 @@ class RowKernel:
 
     The numbers are declared `do_not_specialize`. Contraction of a product and a sum is off: an
     FMA happens only where a kernel asks for one.
+
+    overlaps: with up to that many programs it is launched before the kernel in front of it has
+    ended, and starts by `rows.take_turn` of that number, which waits for it.
+    registers: how many a thread may use, by the number of warps, so that more programs fit.
     """
 
-    def __init__(self, fn: Any) -> None:
-        self._fn = fn
+    def __init__(
+        self, fn: Any, overlaps: int = 0, registers: Mapping[int, int] | None = None
+    ) -> None:
+        self._fn = self._anywhere = fn
+        self._overlaps = overlaps
+        self._registers = registers or {}
         self._compiled: dict[Any, Any] = {}
         self._direct = isinstance(fn, triton.JITFunction)
+        if self._direct:
+            self._anywhere = triton.JITFunction(
+                fn.fn,
+                do_not_specialize=fn.do_not_specialize,
+                do_not_specialize_on_alignment=[p.name for p in fn.params if not p.is_constexpr],
+            )
 
     def __call__(
         self,
@@ -39,8 +54,13 @@ class RowKernel:
         numbers: Sequence[int | float],
         static: tuple[Any, ...],
         warps: int,
+        wide: bool = True,
     ) -> None:
-        """Starts `programs` programs on the current stream of the first tensor's device."""
+        """Starts `programs` programs on the current stream of the first tensor's device.
+
+        wide: whether loads and stores of many bytes are possible. Without it the alignment of the
+        tensors does not matter, so that there are fewer kernels to compile.
+        """
         if programs == 0:
             return
         first: torch.Tensor = tensors[0]  # type: ignore[assignment]
@@ -54,10 +74,26 @@ class RowKernel:
             self._fn[(programs,)](*tensors, *numbers, *static)
             return
         if device == torch._C._cuda_getDevice():
-            self._launch(device, programs, tensors, numbers, static, warps)
+            self._launch(device, programs, tensors, numbers, static, warps, wide)
         else:
             with torch.cuda.device(device):
-                self._launch(device, programs, tensors, numbers, static, warps)
+                self._launch(device, programs, tensors, numbers, static, warps, wide)
+
+    def _key(
+        self,
+        device: int,
+        tensors: Sequence[torch.Tensor | None],
+        numbers: Sequence[int | float],
+        static: tuple[Any, ...],
+        warps: int,
+        wide: bool,
+        overlaps: bool,
+    ) -> tuple[Any, ...]:
+        return (
+            *(device, warps, wide, overlaps, static),
+            tuple(None if t is None else (t.dtype, wide and t.data_ptr() % 16) for t in tensors),
+            tuple(isinstance(v, float) or -_INT32 <= v < _INT32 for v in numbers),
+        )
 
     def _launch(
         self,
@@ -67,24 +103,84 @@ class RowKernel:
         numbers: Sequence[int | float],
         static: tuple[Any, ...],
         warps: int,
+        wide: bool,
     ) -> None:
-        key = (
-            device,
-            warps,
-            static,
-            tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors),
-            tuple(isinstance(v, float) or -_INT32 <= v < _INT32 for v in numbers),
-        )
+        overlaps = programs <= self._overlaps
+        key = self._key(device, tensors, numbers, static, warps, wide, overlaps)
         kernel = self._compiled.get(key)
         if kernel is None or knobs.runtime.launch_enter_hook.calls:
-            self._compiled[key] = self._fn[(programs,)](
-                *tensors, *numbers, *static, num_warps=warps, enable_fp_fusion=False
-            )
+            fn = self._fn if wide else self._anywhere
+            self._compiled[key] = fn[(programs,)](
+                *tensors, *numbers, *static,
+                num_warps=warps, enable_fp_fusion=False, maxnreg=self._registers.get(warps),
+                launch_pdl=overlaps and torch.cuda.get_device_capability(device) >= (9, 0),
+            )  # fmt: skip
             return
         kernel.run(
             programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), kernel.function,
             kernel.packed_metadata, None, None, None, *tensors, *numbers, *static,
         )  # fmt: skip
+
+    def repeat(
+        self,
+        programs: int,
+        tensors: Sequence[torch.Tensor | None],
+        numbers: Sequence[int | float],
+        static: tuple[Any, ...],
+        warps: int,
+        wide: bool = True,
+    ) -> Callable[..., None] | None:
+        """The launch that was just made, for other addresses: called with one for each tensor.
+
+        None where there is no compiled kernel, or it needs more than a launch.
+        """
+        first = tensors[0]
+        if not self._direct or programs == 0 or first is None:
+            return None
+        device = first.get_device()
+        key = (device, tensors, numbers, static, warps, wide, programs <= self._overlaps)
+        kernel = self._compiled.get(self._key(*key))
+        if kernel is None:
+            return None
+        runner = kernel.run
+        if runner.global_scratch_size or runner.profile_scratch_size:
+            return None
+        launch, function = runner.launch, kernel.function
+        middle = (
+            *(runner.launch_cooperative_grid, runner.launch_pdl, None, None),
+            *(kernel.packed_metadata, None, None, None),
+        )
+        tail = (*numbers, *static)
+        current, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+        def start(*pointers: int | None) -> None:
+            if current() == device:
+                launch(programs, 1, 1, stream(device), function, *middle, *pointers, *tail)
+            else:
+                with torch.cuda.device(device):
+                    launch(programs, 1, 1, stream(device), function, *middle, *pointers, *tail)
+
+        return start
+
+
+class Calls:
+    """What to do for calls of a kind that was seen before, by all that their launch depends on."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Callable[..., Any]] = {}
+
+    def find(self, key: Any) -> Callable[..., Any] | None:
+        """What was kept under a key; nothing while somebody listens to Triton's launches."""
+        return None if knobs.runtime.launch_enter_hook.calls else self._known.get(key)
+
+    def keep(self, key: Any, call: Callable[..., Any]) -> None:
+        if len(self._known) >= _CALLS_KEPT:
+            self._known.clear()
+        self._known[key] = call
+
+    def forget(self) -> None:
+        """Drops all, so that the next calls are planned anew."""
+        self._known.clear()
 
 
 @dataclass(frozen=True)
@@ -105,6 +201,11 @@ class Plan:
     warps: int
     split: bool
 
+    @property
+    def wide(self) -> bool:
+        """Whether all rows begin at multiples of 16 bytes."""
+        return self.unit > 1
+
 
 HELD = 16  # terms; more would not fit the registers of one program
 
@@ -115,26 +216,31 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def unit_of(n: int) -> int:
-    """16 if a length is a multiple of it, so that the compiler may use wide loads, else 1.
+def unit_of(n: int, aligned: bool = True) -> int:
+    """16 if rows of that length are aligned and a multiple of it, for wide loads, else 1.
 
     A kernel gets n // unit and multiplies again: 1 from 2^31 on, where n must arrive in 64 bits.
     """
-    return 16 if n % 16 == 0 and n < _INT32 else 1
+    return 16 if aligned and n % 16 == 0 and n < _INT32 else 1
 
 
 @cache
-def plan(rows: int, n: int, processors: int, single_pass: bool) -> Plan:
+def plan(rows: int, n: int, processors: int, single_pass: bool, aligned: bool = True) -> Plan:
     """The plan for `rows` rows of n elements; single_pass: each element is used once.
 
     Of many short rows each has one warp, which folds without shared memory; the fewer the rows,
     the more warps share one. What is kept for a second pass needs registers, so more warps.
+    Rows that allow no wide loads have few plans, for few kernels to compile.
     """
-    unit = unit_of(n)
+    unit = unit_of(n, aligned)
     terms = -(-n // LANES)
-    if terms > HELD:
-        return Plan(0, LANES, 1, False, unit, 8, rows < 2 * processors and n > SEGMENT)
-    lanes = min(LANES, triton.next_power_of_2(n))
+    if terms > (1 if unit == 1 else HELD):
+        split = rows < 2 * processors and n > SEGMENT
+        return Plan(0, LANES, 1, False, unit, 8, split)
+    if unit > 1:
+        lanes = min(LANES, max(128, triton.next_power_of_2(n)))
+    else:
+        lanes = 128 if n <= 128 else LANES
     if rows <= 4 * processors:
         warps = 16 if terms > 2 else 1
     elif single_pass:
@@ -143,10 +249,17 @@ def plan(rows: int, n: int, processors: int, single_pass: bool) -> Plan:
         warps = 1 if terms <= 2 else 2 if terms <= 4 else 8
     width = min(lanes, 256 * warps)
     warps = max(1, min(warps, width // 64))
-    return Plan(terms, width, lanes // width, n == terms * lanes, unit, warps, False)
+    full = unit > 1 and n == terms * lanes
+    return Plan(terms, width, lanes // width, full, unit, warps, False)
 
 
-def plan_of(x: torch.Tensor, single_pass: bool = False) -> Plan:
-    """The plan for the rows of x [rows, n]."""
+def aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether all begin at multiples of 16 bytes."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def plan_of(x: torch.Tensor, *others: torch.Tensor | None, single_pass: bool = False) -> Plan:
+    """The plan for the rows of x [rows, n], and of others that are read beside it."""
     rows, n = x.shape
-    return plan(rows, n, multiprocessors(x.device.index) if x.is_cuda else 1, single_pass)
+    processors = multiprocessors(x.device.index) if x.is_cuda else 1
+    return plan(rows, n, processors, single_pass, aligned(x, *others))

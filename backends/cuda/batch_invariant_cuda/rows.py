@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 from batch_invariant_cuda.explog import exp, near_exp
 
@@ -34,6 +37,32 @@ FACTOR = tl.constexpr(7)
 NEAR_EXPONENTIAL = tl.constexpr(8)  # of rows that `is_near` accepts
 
 NEAR = tl.constexpr(60.0)
+AHEAD = tl.constexpr(4)  # segments of a long row on their way, with the one that is added up
+
+
+@triton.constexpr_function
+def _overlaps():
+    return not knobs.runtime.interpret and cuda_capability_geq(9, 0)
+
+
+FEW = tl.constexpr(
+    2048
+)  # programs that may wait for their turn; more would cost more than it saves
+FEW_SEGMENTS = tl.constexpr(128)  # the same where several launches make up a call
+
+
+@triton.jit
+def take_turn(LIMIT: tl.constexpr = FEW):
+    """Waits for what was launched before, then lets the next launch begin; up to LIMIT programs.
+
+    The first thing that a row kernel does: `RowKernel` lets it start while the kernel before it
+    still runs, where the GPU can do that. The other way round, launches far ahead would wait on
+    the multiprocessors that the running one needs.
+    """
+    if _overlaps():  # noqa: SIM102  (known when it is compiled; the other is not)
+        if tl.num_programs(0) <= LIMIT:
+            gdc_wait()
+            gdc_launch_dependents()
 
 
 @triton.jit
@@ -184,35 +213,57 @@ def held_lanes(
 
 
 @triton.jit
-def segment_lanes(x, columns, shift, TERM: tl.constexpr):
-    """The lanes [1024] of a whole segment that begins at the pointer x."""
-    part = term(tl.load(x + columns), shift, TERM)
-    for t in tl.static_range(1, _DEPTH):
-        part = combine(part, term(tl.load(x + t * _LANES + columns), shift, TERM), TERM)
+def segment_lanes(x, columns, left, shift, WHOLE: tl.constexpr, TERM: tl.constexpr):
+    """The lanes [1024] of a segment of which the first `left` elements exist, or WHOLE all."""
+    identity = 1.0 if TERM == FACTOR else 0.0
+    part = tl.full(columns.shape, identity, tl.float32)
+    for t in tl.static_range(_DEPTH):
+        at = t * _LANES + columns
+        if WHOLE:
+            v = term(tl.load(x + at), shift, TERM)
+        else:
+            v = term(tl.load(x + at, mask=at < left, other=0.0), shift, TERM)
+            v = tl.where(at < left, v, identity)
+        part = combine(part, v, TERM)
     return part
 
 
 @triton.jit
-def last_lanes(x, columns, left, shift, TERM: tl.constexpr):
-    """The lanes [1024] of a segment of which only the first `left` elements exist."""
+def stepped_lanes(x, columns, left, shift, TERM: tl.constexpr):
+    """`segment_lanes` one tile after another: little code, for what is rare."""
     identity = 1.0 if TERM == FACTOR else 0.0
     part = tl.full(columns.shape, identity, tl.float32)
-    for t in tl.static_range(0, _DEPTH):
-        there = t * _LANES + columns < left
-        v = term(tl.load(x + t * _LANES + columns, mask=there, other=0.0), shift, TERM)
+    for at in tl.range(0, tl.minimum(left, _SEGMENT), _LANES):
+        there = at + columns < left
+        v = term(tl.load(x + at + columns, mask=there, other=0.0), shift, TERM)
         part = combine(part, tl.where(there, v, identity), TERM)
     return part
 
 
 @triton.jit
-def walked_lanes(x, columns, n, shift, TERM: tl.constexpr):
-    """The lanes [1024] of one row of any length that begins at the pointer x."""
+def walked_lanes(x, columns, n, shift, UNIT: tl.constexpr, TERM: tl.constexpr):
+    """The lanes [1024] of one row of any length that begins at the pointer x.
+
+    One whose length is no multiple of 16 may be short, so all of a segment is read at once.
+    """
     total = tl.full(columns.shape, 1.0 if TERM == FACTOR else 0.0, tl.float32)
-    whole = n // _SEGMENT * _SEGMENT
-    for begin in tl.range(0, whole, _SEGMENT):
-        total = combine(total, segment_lanes(x + begin, columns, shift, TERM), TERM)
-    if whole < n:
-        total = combine(total, last_lanes(x + whole, columns, n - whole, shift, TERM), TERM)
+    if TERM == EXPONENTIAL:
+        for start in tl.range(0, n, _SEGMENT):
+            v = stepped_lanes(x + start, columns, n - start, shift, TERM)
+            total = combine(total, v, TERM)
+    elif UNIT == 1:
+        for start in tl.range(0, n, _SEGMENT):
+            v = segment_lanes(x + start, columns, n - start, shift, False, TERM)
+            total = combine(total, v, TERM)
+    else:
+        whole = n // _SEGMENT * _SEGMENT
+        stages: tl.constexpr = AHEAD if TERM == NEAR_EXPONENTIAL else 1
+        for start in tl.range(0, whole, _SEGMENT, num_stages=stages):
+            v = segment_lanes(x + start, columns, _SEGMENT, shift, True, TERM)
+            total = combine(total, v, TERM)
+        if whole < n:
+            v = stepped_lanes(x + whole, columns, n - whole, shift, TERM)
+            total = combine(total, v, TERM)
     return total
 
 
@@ -226,13 +277,14 @@ def row_total(
     P: tl.constexpr,
     T: tl.constexpr,
     FULL: tl.constexpr,
+    UNIT: tl.constexpr,
     TERM: tl.constexpr,
 ):
     """The total of the terms of a row, held or walked, that begins at the pointer x."""
     if T > 0:
         lanes = held_lanes(tiles, columns, n, shift, P, T, FULL, TERM)
     else:
-        lanes = walked_lanes(x, columns, n, shift, TERM)
+        lanes = walked_lanes(x, columns, n, shift, UNIT, TERM)
     return fold(lanes, TERM)
 
 
@@ -255,37 +307,56 @@ def is_near(top, bottom):
 
 
 @triton.jit
-def row_range(tiles, x, columns, n, P: tl.constexpr, T: tl.constexpr, FULL: tl.constexpr):
-    """The largest number of a row, NaN if there is one, and the smallest.
+def _extremes(a_top, a_bottom, b_top, b_bottom):
+    return larger(a_top, b_top), smaller(a_bottom, b_bottom)
+
+
+@triton.jit
+def range_of(top, bottom):
+    """The largest of the numbers `top` and the smallest of `bottom`."""
+    return tl.reduce((top, bottom), 0, _extremes)
+
+
+@triton.jit
+def held_range(tiles, columns, n, P: tl.constexpr, T: tl.constexpr, FULL: tl.constexpr):
+    """The largest number of a row that is held, NaN if there is one, and the smallest.
 
     Tiles are filled with -inf.
     """
-    if T > 0:
-        top = tiles[0].to(tl.float32)
-        bottom = top
-        if T == 1 and not FULL:
-            bottom = tl.where(columns < n, bottom, float("inf"))
-        for t in tl.static_range(1, T * P):
-            v = tiles[t].to(tl.float32)
+    top = tiles[0].to(tl.float32)
+    bottom = top
+    if T == 1 and not FULL:
+        bottom = tl.where(columns < n, bottom, float("inf"))
+    for t in tl.static_range(1, T * P):
+        v = tiles[t].to(tl.float32)
+        top = larger(top, v)
+        if t >= (T - 1) * P and not FULL:
+            v = tl.where(t * columns.shape[0] + columns < n, v, float("inf"))
+        bottom = smaller(bottom, v)
+    return range_of(top, bottom)
+
+
+@triton.jit
+def walked_range(x, n):
+    """`held_range` of a row that is walked, from its end to its beginning.
+
+    The sum that comes next begins where this ends, with what is still in the cache.
+    """
+    columns = tl.arange(0, _LANES)
+    top = tl.full((_LANES,), float("-inf"), tl.float32)
+    bottom = tl.full((_LANES,), float("inf"), tl.float32)
+    whole = n // _SEGMENT * _SEGMENT
+    for t in tl.static_range(_DEPTH):
+        at = whole + t * _LANES + columns
+        v = tl.load(x + at, mask=at < n, other=float("-inf")).to(tl.float32)
+        top = larger(top, v)
+        bottom = smaller(bottom, tl.where(at < n, v, float("inf")))
+    for back in tl.range(_SEGMENT, whole + 1, _SEGMENT, num_stages=AHEAD):
+        for t in tl.static_range(_DEPTH):
+            v = tl.load(x + (whole - back) + t * _LANES + columns).to(tl.float32)
             top = larger(top, v)
-            if t >= (T - 1) * P and not FULL:
-                v = tl.where(t * columns.shape[0] + columns < n, v, float("inf"))
             bottom = smaller(bottom, v)
-    else:
-        top = tl.full(columns.shape, float("-inf"), tl.float32)
-        bottom = tl.full(columns.shape, float("inf"), tl.float32)
-        whole = n // _SEGMENT * _SEGMENT
-        for begin in tl.range(0, whole, _SEGMENT):
-            for t in tl.static_range(0, _DEPTH):
-                v = tl.load(x + begin + t * _LANES + columns).to(tl.float32)
-                top = larger(top, v)
-                bottom = smaller(bottom, v)
-        for begin in tl.range(whole, n, _LANES):
-            there = begin + columns < n
-            v = tl.load(x + begin + columns, mask=there, other=float("-inf")).to(tl.float32)
-            top = larger(top, v)
-            bottom = smaller(bottom, tl.where(there, v, float("inf")))
-    return tl.reduce(top, 0, larger), tl.reduce(bottom, 0, smaller)
+    return range_of(top, bottom)
 
 
 @triton.jit

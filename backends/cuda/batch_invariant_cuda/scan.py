@@ -21,11 +21,12 @@ from batch_invariant.order import serial
 from batch_invariant.stock import stock
 from batch_invariant_cuda.reduce import cast
 from batch_invariant_cuda.row_launch import RowKernel
-from batch_invariant_cuda.rows import rounded
+from batch_invariant_cuda.rows import FEW, rounded, take_turn
 
 
 @triton.jit(do_not_specialize=["outer", "n", "inner"])
 def _cumsum_kernel(x, out, outer, n, inner, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    take_turn()
     # Chain c = o * inner + i begins at o * n * inner + i; its elements are `inner` apart.
     step = inner.to(tl.int64)
     chain = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -47,7 +48,7 @@ def _cumsum_kernel(x, out, outer, n, inner, BLOCK: tl.constexpr, DEPTH: tl.const
         tl.store(out + at + i * step, rounded(total, out.dtype.element_ty), mask=there)
 
 
-_cumsum_chains = RowKernel(_cumsum_kernel)
+_cumsum_chains = RowKernel(_cumsum_kernel, overlaps=FEW.value)
 
 
 def _chains(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -59,7 +60,7 @@ def _chains(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         outer, inner, n = len(x), 1, x.size(1)
     else:
         outer, n, inner = x.shape
-    _cumsum_chains(-(-outer * inner // 32), (x, out), (outer, n, inner), (32, 16), 1)
+    _cumsum_chains(-(-outer * inner // 32), (x, out), (outer, n, inner), (32, 16), 1, False)
     return out
 
 

@@ -15,15 +15,18 @@ from batch_invariant.stock import stock
 from batch_invariant_cuda.row_launch import Plan, RowKernel
 from batch_invariant_cuda.rows import (
     EXPONENTIAL,
+    FEW_SEGMENTS,
     LANES,
     NEAR_EXPONENTIAL,
     SEGMENT,
     combine,
     is_near,
     larger,
-    last_lanes,
+    range_of,
     segment_lanes,
     smaller,
+    stepped_lanes,
+    take_turn,
 )
 
 _LANES = tl.constexpr(LANES)
@@ -73,6 +76,7 @@ def row_shift(shift, row, tops, SHIFT: tl.constexpr, SEGMENTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_units", "segments"])
 def _top_kernel(x, tops, n_units, segments, UNIT: tl.constexpr):
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // segments, task % segments
     n = n_units * UNIT
@@ -82,8 +86,9 @@ def _top_kernel(x, tops, n_units, segments, UNIT: tl.constexpr):
         x + row * n + segment * _SEGMENT + columns, mask=columns < left, other=float("-inf")
     ).to(tl.float32)
     to = tops + row * 2 * segments + segment
-    tl.store(to, tl.reduce(v, 0, larger))
-    tl.store(to + segments, tl.reduce(tl.where(columns < left, v, float("inf")), 0, smaller))
+    largest, smallest = range_of(v, tl.where(columns < left, v, float("inf")))
+    tl.store(to, largest)
+    tl.store(to + segments, smallest)
 
 
 @triton.jit(do_not_specialize=["n_units", "segments", "tops"])
@@ -99,6 +104,7 @@ def _lanes_kernel(
     SEGMENTS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, segment = task // segments, task % segments
     n = n_units * UNIT
@@ -106,22 +112,21 @@ def _lanes_kernel(
     by = row_shift(shift, row, tops, SHIFT, SEGMENTS)
     from_ = x + row * n + segment * _SEGMENT
     left = n - segment * _SEGMENT
-    near = False
+    near = True
     if TERM == EXPONENTIAL:
         near = near_of(shift, row, tops, SEGMENTS)
-    if left >= _SEGMENT:
-        if near:
-            v = segment_lanes(from_, columns, by, NEAR_EXPONENTIAL)
-        else:
-            v = segment_lanes(from_, columns, by, TERM)
+    if near:
+        kind: tl.constexpr = NEAR_EXPONENTIAL if TERM == EXPONENTIAL else TERM
+        v = segment_lanes(from_, columns, left, by, False, kind)
     else:
-        v = last_lanes(from_, columns, left, by, TERM)
+        v = stepped_lanes(from_, columns, left, by, TERM)
     tl.store(lanes + task * _LANES + columns, v)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def _add_up_kernel(lanes, total, segments, TERM: tl.constexpr, PART: tl.constexpr):
     parts: tl.constexpr = _LANES // PART
+    take_turn(FEW_SEGMENTS)
     task = tl.program_id(0).to(tl.int64)
     row, part = task // parts, task % parts
     columns = part * PART + tl.arange(0, PART)
@@ -132,9 +137,9 @@ def _add_up_kernel(lanes, total, segments, TERM: tl.constexpr, PART: tl.constexp
     tl.store(total + row * _LANES + columns, v)
 
 
-_top = RowKernel(_top_kernel)
-_lanes = RowKernel(_lanes_kernel)
-_add_up = RowKernel(_add_up_kernel)
+_top = RowKernel(_top_kernel, overlaps=FEW_SEGMENTS.value)
+_lanes = RowKernel(_lanes_kernel, overlaps=FEW_SEGMENTS.value)
+_add_up = RowKernel(_add_up_kernel, overlaps=FEW_SEGMENTS.value)
 
 
 def segments_of(n: int) -> int:
@@ -150,7 +155,7 @@ def tops(x: torch.Tensor, shape: Plan) -> torch.Tensor:
     rows, n = x.shape
     segments = segments_of(n)
     out = torch.empty(rows, 2, segments, dtype=torch.float32, device=x.device)
-    _top(rows * segments, (x, out), (n // shape.unit, segments), (shape.unit,), 8)
+    _top(rows * segments, (x, out), (n // shape.unit, segments), (shape.unit,), 8, shape.wide)
     if segments <= LANES:
         return out
     largest = stock("amax", "CUDA")(out[:, 0], [1], False)
@@ -179,6 +184,7 @@ def lanes(
         (n // shape.unit, segments, tops),
         (term, kind, triton.next_power_of_2(tops), shape.unit),
         4,
+        shape.wide,
     )
     if segments <= _MANY:
         return out

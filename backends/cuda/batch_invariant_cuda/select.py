@@ -27,6 +27,7 @@ from batch_invariant.ops.select import topk_shape
 from batch_invariant.order import undeclared
 from batch_invariant.stock import stock
 from batch_invariant_cuda.row_launch import RowKernel
+from batch_invariant_cuda.rows import FEW, take_turn
 
 _BLOCK = 1024
 _INDEX = 2**32
@@ -34,6 +35,7 @@ _INDEX = 2**32
 
 @triton.jit(do_not_specialize=["n", "blocks"])
 def _key_kernel(x, keys, n, blocks, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    take_turn()
     task = tl.program_id(0).to(tl.int64)
     row, block = task // blocks, task % blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +50,7 @@ def _key_kernel(x, keys, n, blocks, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(keys + row * n + column, key, mask=there)
 
 
-_keys = RowKernel(_key_kernel)
+_keys = RowKernel(_key_kernel, overlaps=FEW.value)
 
 
 def _topk_rows(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +59,7 @@ def _topk_rows(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, to
         return x.new_empty(rows, k), x.new_empty(rows, k, dtype=torch.int64)
     keys = torch.empty(rows, n, dtype=torch.int64, device=x.device)
     blocks = -(-n // _BLOCK)
-    _keys(rows * blocks, (x, keys), (n, blocks), (largest, _BLOCK), 4)
+    _keys(rows * blocks, (x, keys), (n, blocks), (largest, _BLOCK), 4, False)
     best = stock("topk", "CUDA")(keys, k, 1, True, True)[0]
     indices = (_INDEX - 1) - (best & (_INDEX - 1))
     return stock("gather", "CUDA")(x, 1, indices), indices

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from batch_invariant.backend import Kernel
 from batch_invariant.errors import OpNotSupported
@@ -21,217 +20,10 @@ from batch_invariant.ops.dims import from_rows_along, normalize, rows_along
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 from batch_invariant.stock import stock
 from batch_invariant_cuda import segments
-from batch_invariant_cuda.explog import exp, log, near_div, near_exp
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import EXP_SUM, LOG_EXP_SUM, TERM_OF
-from batch_invariant_cuda.row_launch import Plan, RowKernel, plan_of
-from batch_invariant_cuda.rows import (
-    EXPONENTIAL,
-    LANES,
-    NEAR_EXPONENTIAL,
-    SEGMENT,
-    fold,
-    held_lanes,
-    is_near,
-    load_row,
-    load_tile,
-    row_range,
-    row_total,
-    store_tile,
-)
-
-_LANES = tl.constexpr(LANES)
-_SEGMENT = tl.constexpr(SEGMENT)
-_DEPTH = tl.constexpr(SEGMENT // LANES)
-
-
-@triton.jit
-def _exponential(x, top, NEAR: tl.constexpr):
-    v = x.to(tl.float32) - top
-    if NEAR:
-        return near_exp(v)
-    else:  # noqa: RET505  (Triton compiles what follows a plain return)
-        return exp(v, True)
-
-
-@triton.jit
-def _divided(e, total, reciprocal, NEAR: tl.constexpr):
-    if NEAR:
-        return near_div(e, total, reciprocal)
-    else:  # noqa: RET505
-        return tl.div_rn(e, total)
-
-
-@triton.jit
-def _output(x, top, total, reciprocal, LOG: tl.constexpr, NEAR: tl.constexpr):
-    """softmax from the total, or log_softmax from its logarithm."""
-    if LOG:
-        return (x.to(tl.float32) - top) - total
-    else:  # noqa: RET505
-        return _divided(_exponential(x, top, NEAR), total, reciprocal, NEAR)
-
-
-@triton.jit
-def _softmax_row(
-    tiles,
-    x,
-    out,
-    columns,
-    n,
-    top,
-    LOG: tl.constexpr,
-    P: tl.constexpr,
-    T: tl.constexpr,
-    FULL: tl.constexpr,
-    NEAR: tl.constexpr,
-):
-    if T > 0 and not LOG:
-        each = ()
-        for t in tl.static_range(T * P):
-            each = each + (_exponential(tiles[t], top, NEAR),)  # noqa: RUF005
-        total = fold(held_lanes(each, columns, n, top, P, T, FULL, 0), 0)
-        reciprocal = tl.div_rn(1.0, total)
-        for t in tl.static_range(T * P):
-            y = _divided(each[t], total, reciprocal, NEAR)
-            store_tile(out, columns, n, y, t, T * P, FULL, NEAR, P)
-    else:
-        kind: tl.constexpr = NEAR_EXPONENTIAL if NEAR else EXPONENTIAL
-        total = row_total(tiles, x, columns, n, top, P, T, FULL, kind)
-        reciprocal = tl.div_rn(1.0, total)
-        if LOG:
-            total = log(total)
-        for t in tl.static_range(T * P):
-            y = _output(tiles[t], top, total, reciprocal, LOG, NEAR)
-            store_tile(out, columns, n, y, t, T * P, FULL, NEAR, P)
-        if T == 0:
-            whole = n // _SEGMENT * _SEGMENT
-            for begin in tl.range(0, whole, _SEGMENT):
-                for t in tl.static_range(_DEPTH):
-                    v = tl.load(x + begin + t * _LANES + columns)
-                    y = _output(v, top, total, reciprocal, LOG, NEAR)
-                    store_tile(out + begin, columns, n, y, t, _DEPTH, True, NEAR)
-            for begin in tl.range(whole, n, _LANES):
-                v = load_tile(x + begin, columns, n - begin, 0, 1, False, float("-inf"))
-                y = _output(v, top, total, reciprocal, LOG, NEAR)
-                store_tile(out + begin, columns, n - begin, y, 0, 1, False, NEAR)
-
-
-@triton.jit(do_not_specialize=["n_units"])
-def _softmax_kernel(
-    x,
-    out,
-    n_units,
-    LOG: tl.constexpr,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    T: tl.constexpr,
-    FULL: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    n = n_units * UNIT
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, L)
-    from_, to = x + row * n, out + row * n
-    tiles = load_row(from_, columns, n, P, T, FULL, float("-inf"))
-    top, bottom = row_range(tiles, from_, columns, n, P, T, FULL)
-    if is_near(top, bottom):
-        _softmax_row(tiles, from_, to, columns, n, top, LOG, P, T, FULL, True)
-    else:
-        _softmax_row(tiles, from_, to, columns, n, top, LOG, P, T, FULL, False)
-
-
-@triton.jit(do_not_specialize=["n_units", "count", "tops"])
-def _segment_kernel(
-    x,
-    top,
-    total,
-    out,
-    n_units,
-    count,
-    tops,
-    LOG: tl.constexpr,
-    TOPS: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    task = tl.program_id(0).to(tl.int64)
-    row, segment = task // count, task % count
-    n = n_units * UNIT
-    columns = tl.arange(0, _SEGMENT)
-    left = n - segment * _SEGMENT
-    at = row * n + segment * _SEGMENT
-    best = segments.top_of(top, row, tops, TOPS, False)
-    near_of_row = segments.near_of(top, row, tops, TOPS)
-    v = tl.load(x + at + columns, mask=columns < left, other=float("-inf"))
-    whole = tl.load(total + row)
-    if near_of_row:
-        y = _output(v, best, whole, tl.div_rn(1.0, whole), LOG, True)
-    else:
-        y = _output(v, best, whole, 1.0, LOG, False)
-    store_tile(out + at, columns, left, y, 0, 1, False, False)
-
-
-@triton.jit(do_not_specialize=["n_units"])
-def _backward_kernel(
-    g,
-    y,
-    out,
-    n_units,
-    LOG: tl.constexpr,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    T: tl.constexpr,
-    FULL: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    n = n_units * UNIT
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, L)
-    from_g, from_y, to = g + row * n, y + row * n, out + row * n
-    zero = 0.0
-    gs = load_row(from_g, columns, n, P, T, FULL, 0.0)
-    ys = load_row(from_y, columns, n, P, T, FULL, 0.0)
-    if LOG:
-        total = row_total(gs, from_g, columns, n, zero, P, T, FULL, 0)
-    elif T > 0:
-        products = ()
-        for t in tl.static_range(T * P):
-            v = gs[t].to(tl.float32) * ys[t].to(tl.float32)
-            products = products + (v,)  # noqa: RUF005
-        lanes = held_lanes(products, columns, n, zero, P, T, FULL, 0)
-        total = fold(lanes, 0)
-    else:
-        lanes = tl.zeros((_LANES,), tl.float32)
-        for begin in tl.range(0, n, _SEGMENT):
-            part = tl.zeros((_LANES,), tl.float32)
-            for t in tl.static_range(_DEPTH):
-                vg = load_tile(from_g + begin, columns, n - begin, t, 0, False, 0.0)
-                vy = load_tile(from_y + begin, columns, n - begin, t, 0, False, 0.0)
-                part += vg.to(tl.float32) * vy.to(tl.float32)
-            lanes += part
-        total = fold(lanes, 0)
-    for t in tl.static_range(T * P):
-        store_tile(to, columns, n, _gradient(gs[t], ys[t], total, LOG), t, T * P, FULL, False, P)
-    if T == 0:
-        for begin in tl.range(0, n, _LANES):
-            vg = load_tile(from_g + begin, columns, n - begin, 0, 1, False, 0.0)
-            vy = load_tile(from_y + begin, columns, n - begin, 0, 1, False, 0.0)
-            v = _gradient(vg, vy, total, LOG)
-            store_tile(to + begin, columns, n - begin, v, 0, 1, False, False)
-
-
-@triton.jit
-def _gradient(g, y, total, LOG: tl.constexpr):
-    g = g.to(tl.float32)
-    y = y.to(tl.float32)
-    if LOG:
-        return g - exp(y, False) * total
-    else:  # noqa: RET505
-        return (g - total) * y
-
-
-_softmax = RowKernel(_softmax_kernel)
-_segment = RowKernel(_segment_kernel)
-_backward = RowKernel(_backward_kernel)
+from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
+from batch_invariant_cuda.softmax_kernels import backward, held, segment, walked
 
 
 def _split_rows(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> None:
@@ -241,12 +33,13 @@ def _split_rows(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> N
     op = LOG_EXP_SUM.value if log else EXP_SUM.value
     total = finish(lanes, None, op, float(n), 0.0, torch.float32)
     count, tops = segments.segments_of(n), top.size(2)
-    _segment(
+    segment(
         rows * count,
         (x, top, total, out),
         (n // shape.unit, count, tops),
         (log, triton.next_power_of_2(tops), shape.unit),
         8,
+        shape.wide,
     )
 
 
@@ -260,14 +53,18 @@ def softmax_rows(log: bool, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Te
     if shape.split:
         _split_rows(log, x, out, shape)
         return out
-    _softmax(
-        rows,
-        (x, out),
-        (n // shape.unit,),
-        (log, shape.width, shape.parts, shape.tiles, shape.full, shape.unit),
-        shape.warps,
-    )
+    kernel, launch = _launch(log, x, out, shape)
+    kernel(*launch)
     return out
+
+
+def _launch(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
+    rows, n = x.shape
+    if not shape.tiles:
+        tail = ((log, shape.unit), shape.warps, shape.wide)
+        return walked, (rows, (x, out), (n // shape.unit,), *tail)
+    static = (log, shape.width, shape.parts, shape.tiles, shape.full, shape.unit)
+    return held, (rows, (x, out), (n // shape.unit,), static, shape.warps, shape.wide)
 
 
 def _backward_rows(
@@ -277,19 +74,62 @@ def _backward_rows(
     out = torch.empty(rows, n, dtype=out_dtype, device=g.device)
     if not out.numel():
         return out
-    shape = plan_of(g)
-    _backward(
+    shape = plan_of(g, y)
+    backward(
         rows,
         (g, y, out),
         (n // shape.unit,),
         (log, shape.width, shape.parts, shape.tiles, shape.full, shape.unit),
         shape.warps,
+        shape.wide,
     )
     return out
 
 
+def _repeat(
+    log: bool, x: torch.Tensor, dim: int, dtype: Any, out: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The same call again as a launch and nothing else, where it is one launch on x as it lies."""
+    if not x.is_cuda or x.dtype not in FLOATS or not x.numel() or not x.is_contiguous():
+        return None
+    if x.dim() == 0 or dim not in (-1, x.dim() - 1) or cast(x, dtype) is not x:
+        return None
+    matrix = x.view(-1, x.size(-1))
+    shape = plan_of(matrix)
+    if shape.split:
+        return None
+    kernel, launch = _launch(log, matrix, out, shape)
+    start = kernel.repeat(*launch)
+    size, result = out.shape, out.dtype
+
+    def again(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(size, dtype=result)
+        start(x.data_ptr(), out.data_ptr())
+        return out
+
+    return None if start is None else again
+
+
+_calls = Calls()
+
+
 def _forward(log: bool) -> Callable[..., torch.Tensor]:
     def softmax(self: torch.Tensor, dim: int, dtype: Any = None) -> torch.Tensor:
+        key = (
+            *(log, self.shape, self.stride(), self.dtype, self.get_device()),
+            *(self.data_ptr() & 15, dim, dtype),
+        )
+        call = _calls.find(key)
+        if call is not None:
+            found: torch.Tensor = call(self)
+            return found
+        out = first(self, dim, dtype)
+        call = _repeat(log, self, dim, dtype, out)
+        if call is not None:
+            _calls.keep(key, call)
+        return out
+
+    def first(self: torch.Tensor, dim: int, dtype: Any) -> torch.Tensor:
         normalize(dim, self.dim())
         x = cast(self, dtype)
         if not x.dtype.is_floating_point:

@@ -55,9 +55,9 @@ def close(label, name, *args, **kwargs):
         if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
             failures.append(label)
 
-real = row_launch.plan.__wrapped__
+real, unit = row_launch.plan.__wrapped__, row_launch.unit_of
 def walked(split):
-    return lambda rows, n, *_: row_launch.Plan(0, 1024, 1, False, 1, 8, split)
+    return lambda rows, n, *_: row_launch.Plan(0, 1024, 1, False, unit(n), 8, split)
 
 plans = {
     "held": real,
