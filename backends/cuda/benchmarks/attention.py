@@ -1,0 +1,96 @@
+"""Attention beside stock torch, bf16, 32 query and 8 key heads of 128: prefill and decode.
+
+python backends/cuda/benchmarks/attention.py --out docs/benchmarks/cuda_attention.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from batch_invariant_cuda import attention
+
+HEADS, KEY_HEADS, SIZE = 32, 8, 128
+PREFILL = ((1, 8192), (8, 2048), (32, 512), (64, 256))
+DECODE = ((1, 512), (1, 4096), (1, 32768), (8, 4096), (8, 32768), (64, 512), (64, 4096), (256, 512))
+STOCK = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+
+def microseconds(call: Callable[[], Any], count: int) -> float:
+    """One call, by replay of a CUDA graph of `count` of them; the lowest of three."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return round(min(times) * 1e3 / count, 2)
+
+
+def measure(batch: int, rows: int, keys: int) -> dict[str, float]:
+    """Microseconds of each stock kernel and of ours; the ratio to the best stock one."""
+    shapes = ((HEADS, rows), (KEY_HEADS, keys), (KEY_HEADS, keys))
+    q, k, v = (
+        torch.randn(batch, heads, length, SIZE, device="cuda", dtype=torch.bfloat16)
+        for heads, length in shapes
+    )
+    causal = rows == keys
+    count = 20 if batch * rows * keys < 2**24 else 5
+    found = {}
+    for backend in STOCK:
+        with sdpa_kernel(backend):
+            found[backend.name] = microseconds(
+                lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True),
+                count,
+            )
+    ours = attention.KERNELS["scaled_dot_product_attention"].fn
+    found["ours"] = microseconds(
+        lambda: ours(q, k, v, None, 0.0, causal, enable_gqa=True),
+        count,
+    )
+    found["ratio"] = round(found["ours"] / min(found[b.name] for b in STOCK), 3)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="write the report to this file")
+    options = parser.parse_args()
+    shapes = {f"prefill {b} x {n}": (b, n, n) for b, n in PREFILL}
+    shapes |= {f"decode {b} x {n}": (b, 1, n) for b, n in DECODE}
+    lines = {}
+    for name, shape in shapes.items():
+        lines[name] = measure(*shape)
+        print(f"{name:20} {lines[name]}", flush=True)
+        torch.cuda.empty_cache()
+    report = {
+        "command": "python backends/cuda/benchmarks/attention.py "
+        "--out docs/benchmarks/cuda_attention.json",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": torch.cuda.get_device_name(),
+        "unit": "us, CUDA-graph replay",
+        "lines": lines,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
