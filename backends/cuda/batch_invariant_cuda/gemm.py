@@ -26,14 +26,27 @@ def _tile_of(pid, nm, nn, GROUP: tl.constexpr):
 def finished(
     x, add, om, on, inside, sdm, sdn, alpha, beta, HAS_ADD: tl.constexpr, SCALED: tl.constexpr
 ):
-    """alpha * chain, then fma(beta, addend, that); every NaN becomes the one quiet NaN."""
+    """alpha * chain, then fma(beta, addend, that)."""
     if SCALED:
         x = x * alpha
     if HAS_ADD:
         addend = tl.load(add + om * sdm + on * sdn, mask=inside, other=0.0).to(x.dtype)
         scale = tl.full(x.shape, 0.0, x.dtype) + beta
         x = tl.fma(scale, addend, x)
-    return tl.where(x != x, float("nan"), x)
+    return x
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x rounded once to a dtype, with one NaN for every NaN.
+
+    To 16 bits the conversion itself makes them one. A choice of another NaN in front of it is moved
+    behind it by the compiler in some kernels and not in others, which gave two.
+    """
+    if DTYPE.primitive_bitwidth == 16:
+        return x.to(DTYPE)
+    else:  # noqa: RET505  (Triton compiles what follows a plain return)
+        return tl.where(x != x, float("nan"), x)
 
 
 @triton.jit
@@ -183,7 +196,7 @@ def gemm_tile(
             col = on[None, :]
         inside = (row < M) & (col < N)
         x = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-        tl.store(c + row * N + col, x.to(c.dtype.element_ty), mask=inside)
+        tl.store(c + row * N + col, rounded(x, c.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -220,15 +233,13 @@ def _store_tma(
         col = (n0 + tl.arange(0, BN))[None, :]
         inside = (row < M) & (col < N)
         acc = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-    else:
-        acc = tl.where(acc != acc, float("nan"), acc)
     if HALVES:
         pair = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
         left, right = tl.split(pair)
-        cd.store([m0, n0], left.to(DTYPE))
-        cd.store([m0, n0 + BN // 2], right.to(DTYPE))
+        cd.store([m0, n0], rounded(left, DTYPE))
+        cd.store([m0, n0 + BN // 2], rounded(right, DTYPE))
     else:
-        cd.store([m0, n0], acc.to(DTYPE))
+        cd.store([m0, n0], rounded(acc, DTYPE))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -264,7 +275,7 @@ def gemm_tma(
         col = (pn * BN + tl.arange(0, BN))[:, None]
         inside = (row < M) & (col < N)
         x = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-        tl.store(c + row * N + col, x.to(DTYPE), mask=inside)
+        tl.store(c + row * N + col, rounded(x, DTYPE), mask=inside)
     else:
         pm, pn = _tile_of(tl.program_id(0), nm, nn, GROUP)
         m0 = pm * BM
@@ -323,12 +334,12 @@ def gemm_tma_chunked(
                 col = on[None, :]
             inside = (row < M) & (col < N)
             x = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-            tl.store(c + row * N + col, x.to(DTYPE), mask=inside)
+            tl.store(c + row * N + col, rounded(x, DTYPE), mask=inside)
             if BN2:
                 col2 = (n0 + BN + tl.arange(0, BN2))[None, :]
                 inside2 = (row < M) & (col2 < N)
                 z = finished(acc2, add, row, col2, inside2, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-                tl.store(c + row * N + col2, z.to(DTYPE), mask=inside2)
+                tl.store(c + row * N + col2, rounded(z, DTYPE), mask=inside2)
     else:
         for unit in tl.range(tl.program_id(0), nm * nn, tl.num_programs(0)):
             pm, pn = _tile_of(unit, nm, nn, GROUP)
@@ -407,4 +418,4 @@ def _fold_part(
         for i in range(1, splits):
             acc += tl.load(at + i * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
     x = finished(acc, add, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-    tl.store(c + row.to(tl.int64) * N + col, x.to(c.dtype.element_ty), mask=inside)
+    tl.store(c + row.to(tl.int64) * N + col, rounded(x, c.dtype.element_ty), mask=inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batch_invariant_cuda.gemm import finished
+from batch_invariant_cuda.gemm import finished, rounded
 
 _EVERYTHING = "a b c add M N K sam sak sbk sbn sab sbb sdm sdn sdb".split()
 """Nothing is loaded in vectors, so that nothing is gained by compiling for aligned numbers."""
@@ -39,4 +39,4 @@ def gemm_double(
     col = on[None, :]
     inside = (row < M) & (col < N)
     x = finished(acc, add + batch * sdb, row, col, inside, sdm, sdn, alpha, beta, HAS_ADD, SCALED)
-    tl.store(c + batch * M * N + row * N + col, x, mask=inside)
+    tl.store(c + batch * M * N + row * N + col, rounded(x, tl.float64), mask=inside)
