@@ -18,6 +18,7 @@ from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.dims import from_rows_along, normalize, rows_along
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
+from batch_invariant.ops.softmax import check_softmax_backward
 from batch_invariant.stock import stock
 from batch_invariant_cuda import segments
 from batch_invariant_cuda.reduce import cast, finish
@@ -157,6 +158,7 @@ def _derivative(log: bool) -> Callable[..., torch.Tensor]:
     def softmax_backward(
         grad_output: torch.Tensor, output: torch.Tensor, dim: int, input_dtype: torch.dtype
     ) -> torch.Tensor:
+        check_softmax_backward(grad_output, output, dim)
         g, y = rows_along(grad_output, dim), rows_along(output, dim)
         if g.dtype == torch.float64:
             total = lane_sum(g if log else g * y)[:, None]

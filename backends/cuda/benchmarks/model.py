@@ -1,26 +1,16 @@
-"""A whole model on a GPU, eager: are the last logits of row 0 the same at every batch size, and at
-what cost?
+"""A whole model, eager: are the last logits of row 0 the same at every batch size, at what cost?
 
-HF Qwen3 of 8B widths with 8 layers and random weights, bf16, sdpa; stock torch, then the mode, in
-one process.
-
-    python backends/cuda/benchmarks/model.py --out docs/benchmarks/cuda_model.json
+HF Qwen3 of 8B widths with 8 layers and random weights, bf16, sdpa. `peer.py` runs it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from transformers import Qwen3Config, Qwen3ForCausalLM
-
-import batch_invariant as bi
 
 TOKENS = (1, 17, 256)
 BATCHES = (1, 2, 3, 8, 32, 64)
@@ -80,28 +70,3 @@ def measure(network: torch.nn.Module) -> dict[str, dict[str, float]]:
                 "ms": milliseconds(call),
             }
     return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the report to this file")
-    options = parser.parse_args()
-    network = model()
-    report: dict[str, Any] = {
-        "command": "python backends/cuda/benchmarks/model.py --out docs/benchmarks/cuda_model.json",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": torch.cuda.get_device_name(),
-        "stock": measure(network),
-    }
-    with bi.enabled():
-        report["batch_invariant"] = measure(network)
-    for key, stock in report["stock"].items():
-        ours = report["batch_invariant"][key]
-        print(f"{key:8} stock {stock}  batch_invariant {ours}")
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -73,16 +73,14 @@ def operators() -> dict[str, list[Callable[[], Any]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peer", required=True, metavar="MODULE:FUNCTION")
+    parser.add_argument("--peer", metavar="MODULE:FUNCTION", help="default: no peer")
     parser.add_argument("--revision", default="", help="of the peer, for the report")
     parser.add_argument("--out", type=Path, help="write the report to this file")
     options = parser.parse_args()
-    module, _, function = options.peer.partition(":")
-    modes: dict[str, Mode] = {
-        "stock": nullcontext,
-        "batch_invariant": bi.enabled,
-        "peer": getattr(importlib.import_module(module), function),
-    }
+    modes: dict[str, Mode] = {"stock": nullcontext, "batch_invariant": bi.enabled}
+    if options.peer:
+        module, _, function = options.peer.partition(":")
+        modes["peer"] = getattr(importlib.import_module(module), function)
     torch.manual_seed(0)
     calls = operators()
     times: dict[str, dict[str, float]] = {name: {} for name in calls}
@@ -99,8 +97,8 @@ def main() -> None:
     for name, line in times.items():
         ratios = {key: round(value / line["stock"], 2) for key, value in line.items()}
         print(f"{name:28} {ratios}")
-    for key, line in whole["stock"].items():
-        print(f"{key:8} {line} {whole['batch_invariant'][key]} {whole['peer'][key]}")
+    for key in whole["stock"]:
+        print(f"{key:8}", *(found[key] for found in whole.values()))
     if options.out:
         report = {
             "command": "python backends/cuda/benchmarks/peer.py --peer "
