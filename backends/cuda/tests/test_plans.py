@@ -18,6 +18,7 @@ from batch_invariant_cuda import (
     matmul,
     problem,
     row_launch,
+    softmax,
 )
 from batch_invariant_cuda.chunks import chunk_of
 from batch_invariant_cuda.schedules import parse, read
@@ -185,6 +186,14 @@ def test_attention_says_beforehand_what_it_refuses():
     assert "up to 256; got 257" in str(kernel.supports(x, x, x, None, 0.0, False, scale=None))
     assert "float64" in str(kernel.supports(*[x[..., :8].double()] * 3))
     assert kernel.supports(*[x[..., :256]] * 3, attn_mask=None) is None
+
+
+@pytest.mark.parametrize("name", ["softmax_backward", "log_softmax_backward"])
+def test_derivatives_refuse_arguments_that_do_not_fit(name):
+    x = torch.zeros(3, 8)
+    for g, y in ((torch.zeros(3, 9), x), (x[None], x), (x.half(), x), (x, torch.zeros(3, 9))):
+        with pytest.raises(RuntimeError, match="softmax_backward"):
+            softmax.KERNELS[name].fn(g, y, -1, torch.float32)
 
 
 def test_an_input_that_must_be_copied_makes_one_plan(monkeypatch):
