@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from batch_invariant import coverage, env, inductor, selector
+from batch_invariant import coverage, env, inductor, registry, selector
 from batch_invariant.errors import (
     BatchInvariantError,
     ConfigurationError,
@@ -126,10 +126,12 @@ def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
     global _allow, _fault
     _uninstall()
     try:
+        devices: dict[str, inductor.Device] = {}
         for device_type in _device_types():
-            _installed.append(_override(device_type, allow, fault))
+            library, devices[device_type] = _override(device_type, allow, fault)
+            _installed.append(library)
         _allow, _fault = allow, fault
-        inductor.hold()
+        inductor.hold(inductor.Rules(devices, allow))
     except BaseException:
         _uninstall()
         raise
@@ -154,7 +156,7 @@ selector.on_change(_reinstall)
 
 def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
-) -> torch.library.Library:
+) -> tuple[torch.library.Library, inductor.Device]:
     key = dispatch_key(device_type)
     fault = fault or _missing_backend(device_type)
     plain, with_keyset, composite = (
@@ -204,7 +206,19 @@ def _override(
     except BaseException:
         library._destroy()
         raise
-    return library
+    return library, inductor.Device(
+        backend="" if fault else _identity(device_type),
+        overloads=frozenset(n.removeprefix("aten::") for n in coverage.aten_overloads(key)),
+        overridden=frozenset(n.removeprefix("aten::") for n in covered),
+        refused=refused,
+        harmless=harmless,
+        fault=fault,
+    )
+
+
+def _identity(device_type: str) -> str:
+    name = selector.current_backend(device_type).name
+    return f"{name} of {registry.distribution(name)}"
 
 
 Overrides = dict[str, Callable[..., Any]]

@@ -1,0 +1,61 @@
+"""What the mode does with aten operators on each device, as compiled code has to know it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import batch_invariant
+from batch_invariant.coverage import Refusal, base_of
+from batch_invariant.errors import BatchInvariantError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """The mode on one device.
+
+    backend: its name and the package it is from. overloads: every aten overload that runs code of
+    its own here. overridden: those that the mode sends elsewhere. refused: those that raise.
+    harmless: what the backend says beside core's own table. fault: why nothing can run here. Names
+    are without `aten::`.
+    """
+
+    backend: str
+    overloads: frozenset[str]
+    overridden: frozenset[str]
+    refused: Mapping[str, Refusal]
+    harmless: Mapping[str, str | None]
+    fault: BatchInvariantError | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The mode's setting: by device type, and the operators that may run torch's own kernels."""
+
+    devices: Mapping[str, Device]
+    allow: frozenset[str]
+    identity: tuple[object, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        backends = tuple(
+            (device, found.backend, str(found.fault)) for device, found in self.devices.items()
+        )
+        object.__setattr__(self, "identity", (_sources(), backends, tuple(sorted(self.allow))))
+
+    def allows(self, name: str) -> bool:
+        """Whether an overload, without `aten::`, may run torch's own kernel."""
+        return name.split(".")[0] in self.allow or base_of(name) in self.allow
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of what decides how a graph is compiled: other sources, other cached graphs."""
+    digest = hashlib.sha256(batch_invariant.__version__.encode())
+    core = Path(__file__).parent.parent
+    folders = (core / "inductor", core / "ops")
+    for path in sorted([core / "coverage.py", *(p for f in folders for p in f.glob("*.py"))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""What Inductor scheduled, looked at after fusion: its loops, reductions and calls of kernels.
+
+This is the last sight of a graph before its code is written, whatever passes and lowerings have
+done to it. A reduction of floating-point numbers, an operation that is not exact, a template or a
+call of an aten kernel that the rules do not know, raises: the promise cannot be lost unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor import custom_graph_pass
+
+from batch_invariant.errors import UncoveredOpError
+from batch_invariant.inductor.fusible import LOOP_OPS
+from batch_invariant.inductor.opaque import aten_of
+from batch_invariant.inductor.rules import Device, Rules
+from batch_invariant.inductor.table import place_of
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """One kernel of a compiled graph.
+
+    kind: "generated" or "call". name: the operator that is called, or that of the buffer that is
+    computed. origins: the operators of the graph it is made of. loop: the operations of a
+    generated loop. wrong: why it does not keep the promise, or "". place: the line of user code.
+    """
+
+    kind: str
+    name: str
+    device: str
+    origins: tuple[str, ...]
+    loop: tuple[str, ...]
+    wrong: str
+    place: str
+
+
+Observer = Callable[[list[Scheduled]], None]
+observers: list[Observer] = []
+"""Called with the kernels of every graph that is compiled, before a wrong one raises."""
+
+_Pass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)
+
+
+class Check(_Pass):  # type: ignore[misc]
+    """Inductor's pass over the scheduled nodes: the user's own one first, then the check."""
+
+    def __init__(self, rules: Rules, before: Any) -> None:
+        self.rules = rules
+        self.before = before
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        if self.before is not None:
+            nodes = self.before(nodes)
+        found = [kernel for node in nodes for kernel in look(node, self.rules)]
+        for observer in observers:
+            observer(found)
+        for kernel in found:
+            if kernel.wrong:
+                where = f". It is called at {kernel.place}" if kernel.place else ""
+                raise UncoveredOpError(kernel.name, "compiled", kernel.wrong + where)
+        return nodes
+
+    def uuid(self) -> Any:
+        before = self.before.uuid() if hasattr(self.before, "uuid") else repr(self.before)
+        return repr((self.rules.identity, before))
+
+    def __reduce__(self) -> Any:
+        return str, (self.uuid(),)
+
+
+def look(node: Any, rules: Rules) -> Iterator[Scheduled]:
+    """The kernels of one scheduled node, which may be a fusion of several."""
+    from torch._inductor import ir, scheduler
+
+    if isinstance(node, scheduler.NopKernelSchedulerNode):
+        return
+    parts = node.get_nodes()
+    if len(parts) > 1 or parts[0] is not node:
+        for part in parts:
+            yield from look(part, rules)
+        return
+    buffer = node.node
+    device_type = _device_type(node)
+    device = rules.devices.get(device_type)
+    origins, place = _origins(buffer)
+    if isinstance(node, scheduler.SchedulerNode) and isinstance(buffer, ir.ComputedBuffer):
+        loop = tuple(sorted(_loop_ops(node)))
+        wrong = _wrong_loop(node, buffer, loop, device, device_type)
+        yield Scheduled(
+            "generated", _name(origins, buffer), device_type, origins, loop, wrong, place
+        )
+        return
+    func = getattr(buffer, "op_overload", None)
+    name = func.name() if isinstance(func, torch._ops.OpOverload) else _kernel_name(buffer)
+    wrong = _wrong_call(buffer, func, name, device, rules)
+    yield Scheduled("call", name, device_type, origins, (), wrong, place)
+
+
+def _device_type(node: Any) -> str:
+    device = node.get_device()
+    return "cpu" if device is None else str(device.type)
+
+
+def _origins(buffer: Any) -> tuple[tuple[str, ...], str]:
+    names: dict[str, None] = {}
+    place = ""
+    for origin in sorted(buffer.get_origins(), key=lambda n: str(n.name)) if buffer else ():
+        if isinstance(origin.target, torch._ops.OpOverload):
+            names[origin.target.name()] = None
+        if stack := origin.meta.get("stack_trace"):
+            place = place_of(stack)
+    return tuple(names), place
+
+
+def _name(origins: tuple[str, ...], buffer: Any) -> str:
+    return " ".join(origins) or str(buffer.get_name())
+
+
+def _kernel_name(buffer: Any) -> str:
+    return str(getattr(buffer, "python_kernel_name", None) or type(buffer).__name__)
+
+
+def _loop_ops(node: Any) -> set[str]:
+    """The operations in the body of a loop, those of its branches included."""
+    found: set[str] = set()
+    for fx_node in node._body.get_nodes():
+        if fx_node.op == "call_method":
+            found.add(str(fx_node.target))
+        elif fx_node.op == "call_module" and "masked_subblock" not in str(fx_node.target):
+            found.add(str(fx_node.target).rstrip("0123456789"))
+    return found
+
+
+def _wrong_loop(
+    node: Any, buffer: Any, loop: tuple[str, ...], device: Device | None, device_type: str
+) -> str:
+    if device is None:
+        return f"there are no rules for {device_type!r}"
+    if node.is_reduction():
+        dtype, kind = buffer.data.src_dtype, buffer.data.reduction_type
+        if dtype.is_floating_point or dtype.is_complex:
+            return (
+                f"Inductor generates a {kind} over {str(dtype).removeprefix('torch.')}, in an "
+                "order that depends on shapes and threads"
+            )
+    elif node.is_split_scan() or isinstance(buffer.data, _scan()):
+        return "Inductor generates a scan, in an order that depends on shapes and threads"
+    unknown = [name for name in loop if name not in LOOP_OPS and not _elementwise(name, device)]
+    if unknown:
+        return (
+            f"Inductor generates {', '.join(unknown)}, which may be computed differently in "
+            "vectors and in tails"
+        )
+    return ""
+
+
+def _scan() -> Any:
+    from torch._inductor import ir
+
+    return (ir.Scan, ir.Sort)
+
+
+def _elementwise(name: str, device: Device) -> bool:
+    """Whether the backend says that this device computes a function alike at any place."""
+    base = name.removeprefix("libdevice_")
+    return device.harmless.get(base) is not None or (
+        base in ("fma", "relu", "square", "rand", "randn") and bool(device.harmless.get("exp"))
+    )
+
+
+def _wrong_call(buffer: Any, func: Any, name: str, device: Device | None, rules: Rules) -> str:
+    from torch._inductor import ir
+
+    if isinstance(buffer, ir.TemplateBuffer):
+        return "Inductor generates it from a template whose order depends on shapes"
+    if isinstance(func, torch._ops.OpOverload):
+        if func.namespace != "aten" or device is None:
+            return ""
+        short = name.removeprefix("aten::")
+        if rules.allows(short) or aten_of(func) is not None:
+            return ""
+        if short in device.overridden or short in device.refused:
+            inexact = any(d.is_floating_point or d.is_complex for d in _dtypes(buffer))
+            return "Inductor calls torch's own kernel past the mode" if inexact else ""
+        return ""
+    if "extern_kernels." in name or name.startswith("at::"):
+        return "Inductor calls torch's own kernel past the mode"
+    return ""
+
+
+def _dtypes(buffer: Any) -> Iterator[torch.dtype]:
+    for value in (buffer, *getattr(buffer, "inputs", ())):
+        try:
+            dtype = value.get_dtype()
+        except (AttributeError, NotImplementedError):
+            continue
+        yield dtype

@@ -1,0 +1,137 @@
+"""Which compiled graph may run: one compiled under the present setting of the mode, or a new one.
+
+Dynamo keeps the graphs of a function in a list and runs the first one whose guards hold and whose
+backend equals that of the call. While the mode is on, the backend of every call is a `Setting`:
+the user's backend and the rules of the mode. So graphs of different settings live side by side,
+turning the mode on and off costs no recompilation of what is there, and nothing stale is run.
+
+Dynamo asks `_callback_from_stance` what to do before it runs any compiled function; that is where
+the backend is exchanged. Without it (another torch), compiled functions run eagerly.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from batch_invariant.errors import BatchInvariantError, ConfigurationError
+from batch_invariant.inductor.rules import Rules
+
+_callbacks: weakref.WeakKeyDictionary[Any, InvariantCallback] = weakref.WeakKeyDictionary()
+
+
+class Setting:
+    """The backend of a call, as Dynamo compares it: the user's, and the rules that are held."""
+
+    def __init__(self, backend: Callable[..., Any], rules: Rules) -> None:
+        self.backend = backend
+        self.rules = rules
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Setting)
+            and self.rules.identity == other.rules.identity
+            and bool(self.backend == other.backend)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.rules.identity)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backend(*args, **kwargs)
+
+
+class InvariantCallback:
+    """What Dynamo calls for a frame without a graph: the user's own callback, under a `Setting`."""
+
+    def __init__(self, callback: Callable[..., Any], rules: Rules, compiles: bool) -> None:
+        backend = callback
+        while hasattr(backend, "_torchdynamo_orig_backend"):
+            backend = backend._torchdynamo_orig_backend
+        self._torchdynamo_orig_backend = Setting(backend, rules)
+        self._callback = callback
+        self._compiles = compiles
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._compiles:
+            return _run_once()
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        try:
+            return self._callback(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, BatchInvariantError):
+                raise error.inner_exception from None
+            raise
+
+
+def install() -> Callable[[], None]:
+    """Exchanges the backend of every call; returns what undoes it."""
+    from torch._dynamo import eval_frame
+
+    choose = getattr(eval_frame, "_callback_from_stance", None)
+    if choose is None:
+        return _run_eagerly()
+
+    def invariant(callback: Any) -> Any:
+        chosen = choose(callback)
+        if chosen is None or isinstance(chosen, InvariantCallback):
+            return chosen
+        if chosen is False:
+            # Dynamo would run any graph that fits, of any backend.
+            return None if callback in (False, None) else _wrapped(callback, compiles=False)
+        return _wrapped(chosen, compiles=True)
+
+    eval_frame._callback_from_stance = invariant
+
+    def undo() -> None:
+        eval_frame._callback_from_stance = choose
+
+    return undo
+
+
+def refuse_inside_compiled_code() -> None:
+    """Raises if the caller is run by a compiled function."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    if get_eval_frame_callback() not in (None, False):
+        raise ConfigurationError(
+            "the mode or the backend was to change inside a compiled function, whose graphs are "
+            "those of one setting; change it outside of torch.compile"
+        )
+
+
+def _wrapped(callback: Any, compiles: bool) -> InvariantCallback:
+    from batch_invariant.inductor import rules_held
+
+    rules = rules_held()
+    assert rules is not None
+    if not compiles:
+        return InvariantCallback(callback, rules, compiles)
+    found = _callbacks.get(callback)
+    if found is None or found._torchdynamo_orig_backend.rules is not rules:
+        found = _callbacks[callback] = InvariantCallback(callback, rules, compiles)
+    return found
+
+
+def _run_once() -> Any:
+    """The answer to Dynamo: run this frame eagerly now, and ask again the next time."""
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
+    from torch._dynamo.types import ConvertFrameReturn
+
+    eager = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT)
+    return ConvertFrameReturn(frame_exec_strategy=eager)
+
+
+def _run_eagerly() -> Callable[[], None]:
+    warnings.warn(
+        f"batch_invariant does not know how torch {torch.__version__} selects compiled graphs: "
+        "while the mode is on, compiled functions run eagerly",
+        stacklevel=2,
+    )
+    stance = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
