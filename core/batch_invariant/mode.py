@@ -116,7 +116,8 @@ def _checked(allow: Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _device_types() -> list[str]:
+def device_types() -> list[str]:
+    """The device types that the mode covers here."""
     accelerator = torch.accelerator.current_accelerator(check_available=False)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
@@ -127,7 +128,7 @@ def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
     _uninstall()
     try:
         devices: dict[str, inductor.Device] = {}
-        for device_type in _device_types():
+        for device_type in device_types():
             library, devices[device_type] = _override(device_type, allow, fault)
             _installed.append(library)
         _allow, _fault = allow, fault
@@ -153,23 +154,17 @@ def _reinstall() -> None:
 
 selector.on_change(_reinstall)
 
+# Dynamo need not look into these: inside a compiled function they raise.
+for _function in (_install, _uninstall):
+    _function._torchdynamo_disable = True  # type: ignore[attr-defined]
+
 
 def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
 ) -> tuple[torch.library.Library, inductor.Device]:
     key = dispatch_key(device_type)
-    fault = fault or _missing_backend(device_type)
-    plain, with_keyset, composite = (
-        {name: fn for name, fn in table.items() if _runs_on(name, key)}
-        for table in overrides(device_type, fault)
-    )
-    covered = {f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
-    harmless = {} if fault else selector.current_backend(device_type).aten_harmless()
-    refused = {
-        name.removeprefix("aten::"): reason
-        for name, reason in coverage.refused_overloads(covered, key, harmless).items()
-        if _runs_on(name.removeprefix("aten::"), key)
-    }
+    (plain, with_keyset, composite), device = _plan(device_type, fault)
+    fault, refused = device.fault, device.refused
     library = torch.library.Library("aten", "IMPL")
 
     def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
@@ -206,10 +201,35 @@ def _override(
     except BaseException:
         library._destroy()
         raise
-    return library, inductor.Device(
+    return library, device
+
+
+def plan(device_type: str) -> inductor.Device:
+    """What the mode does, or would do, with the operators of a device."""
+    return _plan(device_type, None)[1]
+
+
+def _plan(
+    device_type: str, fault: BatchInvariantError | None
+) -> tuple[list[Overrides], inductor.Device]:
+    key = dispatch_key(device_type)
+    fault = fault or _missing_backend(device_type)
+    tables = [
+        {name: fn for name, fn in table.items() if _runs_on(name, key)}
+        for table in overrides(device_type, fault)
+    ]
+    overridden = frozenset(name for table in tables for name in table)
+    covered = {f"aten::{name}" for name in overridden}
+    harmless = {} if fault else selector.current_backend(device_type).aten_harmless()
+    refused = {
+        name.removeprefix("aten::"): reason
+        for name, reason in coverage.refused_overloads(covered, key, harmless).items()
+        if _runs_on(name.removeprefix("aten::"), key)
+    }
+    return tables, inductor.Device(
         backend="" if fault else _identity(device_type),
         overloads=frozenset(n.removeprefix("aten::") for n in coverage.aten_overloads(key)),
-        overridden=frozenset(n.removeprefix("aten::") for n in covered),
+        overridden=overridden,
         refused=refused,
         harmless=harmless,
         fault=fault,

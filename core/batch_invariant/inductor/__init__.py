@@ -4,48 +4,68 @@ Inductor lowers operators below the dispatcher, where no override is seen. So wh
 what Dynamo hands to Inductor is traced with our table of decompositions (`table`): an operator
 that the mode makes invariant becomes the same `batch_invariant` operator as in eager, one whose
 stock kernel is kept becomes an opaque call of the dispatcher (`opaque`), one that is refused
-raises, and Inductor generates code only for what is exact. What it scheduled is then looked at
-(`scheduled`). A graph compiled under one setting of the mode is never run under another (`switch`).
+raises, and Inductor generates code only for what is exact (`fusible`). What it scheduled is then
+looked at (`scheduled`). A graph compiled under one setting of the mode is never run under another
+(`switch`).
 
 Importing Dynamo takes seconds, so it is left alone until somebody else imports it. This file
-connects the mode to it; docs/compile.md explains the whole.
+connects the mode, and an audit, to it; docs/compile.md explains the whole.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 from batch_invariant.inductor.arrival import Undo, on_import, withdraw
-from batch_invariant.inductor.rules import Device, Rules
+from batch_invariant.inductor.rules import Device, Rules, Watcher
 
-__all__ = ["Device", "Rules", "hold", "release", "rules_held"]
+__all__ = ["Device", "Rules", "Watcher", "hold", "release", "rules_held", "watched"]
 
 _held: Rules | None = None
+_audit: Rules | None = None
+_effective: Rules | None = None
 
 
 def hold(rules: Rules) -> None:
     """Compiled code obeys `rules`, from now on or as soon as Dynamo and Inductor are imported."""
     global _held
     refuse_inside_compiled_code()
-    release()
     _held = rules
-    on_import("torch._dynamo.eval_frame", _switch)
-    on_import("torch._inductor.compile_fx", _compile)
+    _renew()
 
 
 def release() -> None:
     """Restores what `hold` found; graphs compiled under it are kept for the next time."""
     global _held
-    if _held is None:
-        return
+    if _held is not None:
+        refuse_inside_compiled_code()
+        _held = None
+        _renew()
+
+
+@contextmanager
+def watched(off: Rules) -> Iterator[None]:
+    """Everything that is compiled inside is compiled anew, and shown to the watcher of `off`.
+
+    off: the rules that the mode would have, for what runs while it is off.
+    """
+    global _audit
     refuse_inside_compiled_code()
-    _held = None
-    withdraw()
+    before, _audit = _audit, off
+    _renew()
+    try:
+        yield
+    finally:
+        _audit = before
+        _renew()
 
 
 def rules_held() -> Rules | None:
-    """The rules that compiled code obeys now, or None while the mode is off."""
-    return _held
+    """The rules that compiled code obeys now, or None while the mode is off and nobody watches."""
+    return _effective
 
 
 def refuse_inside_compiled_code() -> None:
@@ -54,6 +74,17 @@ def refuse_inside_compiled_code() -> None:
         from batch_invariant.inductor import switch
 
         switch.refuse_inside_compiled_code()
+
+
+def _renew() -> None:
+    global _effective
+    withdraw()
+    _effective = _held
+    if _audit is not None:
+        _effective = _audit if _held is None else replace(_held, watcher=_audit.watcher)
+    if _effective is not None:
+        on_import("torch._dynamo.eval_frame", _switch)
+        on_import("torch._inductor.compile_fx", _compile)
 
 
 def _switch() -> Undo:

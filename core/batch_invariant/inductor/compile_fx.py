@@ -7,12 +7,14 @@ configuration to the call, which Inductor keeps for the backward pass.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from batch_invariant.inductor.rules import Rules
-from batch_invariant.inductor.scheduled import Check
+from batch_invariant.inductor.rules import Rules, Watcher
+from batch_invariant.inductor.scheduled import Check, collected
 from batch_invariant.inductor.table import Table
 
 _EXACT = {
@@ -39,7 +41,7 @@ def install() -> Callable[[], None]:
         call = signature.bind(*args, **kwargs)
         given = call.arguments
         # With patches, the stock function sets them and comes here once more.
-        if given.get("config_patches") or isinstance(given.get("decompositions"), Table):
+        if given.get("config_patches") or _is_ours(given.get("decompositions")):
             return stock(*call.args, **call.kwargs)
         from batch_invariant.inductor import rules_held
 
@@ -47,6 +49,9 @@ def install() -> Callable[[], None]:
         assert rules is not None
         given["decompositions"] = _table(rules, given.get("decompositions"))
         given["config_patches"] = _patches(rules)
+        if rules.watcher is not None:
+            inner = given.get("inner_compile", module.compile_fx_inner)
+            given["inner_compile"] = functools.partial(_shown, rules.watcher, inner)
         with _tagged(rules):
             return stock(*call.args, **call.kwargs)
 
@@ -58,12 +63,22 @@ def install() -> Callable[[], None]:
     return undo
 
 
+class _Stock(dict[Any, Any]):
+    """Torch's own decompositions, for an audit while the mode is off."""
+
+
+def _is_ours(decompositions: Any) -> bool:
+    return isinstance(decompositions, (Table, _Stock))
+
+
 _tables: dict[Any, Table] = {}
 
 
-def _table(rules: Rules, given: Any) -> Table:
-    from torch._inductor.decomposition import decompositions
+def _table(rules: Rules, given: Any) -> dict[Any, Any]:
+    from torch._inductor.decomposition import decompositions, select_decomp_table
 
+    if not rules.enforced:
+        return _Stock(select_decomp_table() if given is None else given)
     if given is not None:
         return Table(rules, given)
     if rules.identity not in _tables:
@@ -76,13 +91,30 @@ def _patches(rules: Rules) -> dict[str, Any]:
     from torch._inductor import config
 
     known = config.get_config_copy()
-    patches = {name: value for name, value in _EXACT.items() if name in known}
-    return {**patches, _CHECK: Check(rules, known[_CHECK])}
+    patches: dict[str, Any] = {_CHECK: Check(rules, known[_CHECK])}
+    if rules.enforced:
+        patches |= {name: value for name, value in _EXACT.items() if name in known}
+    if rules.watcher is not None:
+        patches["force_disable_caches"] = True
+    return patches
+
+
+def _shown(watcher: Watcher, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Compiles a graph, and shows the watcher each run of it."""
+    with collected() as kernels:
+        compiled = inner(*args, **kwargs)
+    run = getattr(compiled, "current_callable", None)
+    if run is not None:
+
+        def shown(inputs: Any) -> Any:
+            with watcher.runs(kernels):
+                return run(inputs)
+
+        compiled.current_callable = shown
+    return compiled
 
 
 def _tagged(rules: Rules) -> Any:
     """Graphs in caches on disk are found again under the same rules alone."""
-    import torch.compiler.config
-
-    tag = f"{torch.compiler.config.cache_key_tag} batch_invariant {rules.identity!r}"
-    return torch.compiler.config.patch(cache_key_tag=tag)
+    config: Any = importlib.import_module("torch.compiler.config")
+    return config.patch(cache_key_tag=f"{config.cache_key_tag} batch_invariant {rules.identity!r}")

@@ -46,8 +46,8 @@ LOOP_OPS = frozenset(
     logical_and logical_not logical_or logical_xor lshift lt masked masked_subblock maximum
     minimum mod mul ne neg or_ output partial_accumulate placeholder reduction remainder rshift
     set_indirect sign signbit store store_reduction sub to_dtype to_dtype_bitcast truediv trunc
-    truncdiv trunc_to_int ceil_to_int floor_to_int where xor int_truediv bucketize device_assert_async
-    get_store_function call_module get_attr
+    truncdiv trunc_to_int ceil_to_int floor_to_int where xor int_truediv bucketize
+    device_assert_async get_store_function call_module get_attr
     """.split()
 )
 """Operations in the body of a generated loop that are exact. Extremes are of indices alone, since

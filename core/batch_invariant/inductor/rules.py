@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import batch_invariant
 from batch_invariant.coverage import Refusal, base_of
@@ -31,19 +33,39 @@ class Device:
     fault: BatchInvariantError | None = None
 
 
+class Watcher(Protocol):
+    """What an audit wants to know of graphs that are compiled while it runs."""
+
+    strict: bool
+    """Whether what does not keep the promise raises when it is scheduled."""
+
+    def scheduled(self, kernels: list[Any]) -> None:
+        """A graph is made of these `scheduled.Scheduled`."""
+
+    def runs(self, kernels: list[Any]) -> AbstractContextManager[None]:
+        """Around each run of a graph that is made of them."""
+
+
 @dataclass(frozen=True)
 class Rules:
-    """The mode's setting: by device type, and the operators that may run torch's own kernels."""
+    """The mode's setting: by device type, and the operators that may run torch's own kernels.
+
+    enforced: False while the mode is off, when an audit looks on and changes nothing.
+    """
 
     devices: Mapping[str, Device]
     allow: frozenset[str]
+    enforced: bool = True
+    watcher: Watcher | None = None
     identity: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         backends = tuple(
             (device, found.backend, str(found.fault)) for device, found in self.devices.items()
         )
-        object.__setattr__(self, "identity", (_sources(), backends, tuple(sorted(self.allow))))
+        watched = id(self.watcher) if self.watcher else None
+        identity = (_sources(), backends, tuple(sorted(self.allow)), self.enforced, watched)
+        object.__setattr__(self, "identity", identity)
 
     def allows(self, name: str) -> bool:
         """Whether an overload, without `aten::`, may run torch's own kernel."""

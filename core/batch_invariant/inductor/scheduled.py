@@ -7,7 +7,8 @@ call of an aten kernel that the rules do not know, raises: the promise cannot be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch._inductor import custom_graph_pass
 
 from batch_invariant.errors import UncoveredOpError
 from batch_invariant.inductor.fusible import LOOP_OPS
-from batch_invariant.inductor.opaque import aten_of
 from batch_invariant.inductor.rules import Device, Rules
 from batch_invariant.inductor.table import place_of
 
@@ -38,10 +38,31 @@ class Scheduled:
     wrong: str
     place: str
 
+    def error(self) -> UncoveredOpError:
+        """What is raised where it does not keep the promise."""
+        where = f". It is called at {self.place}" if self.place else ""
+        return UncoveredOpError(
+            self.name,
+            "in compiled code",
+            self.wrong + where,
+            "Look for a custom pass, lowering or template that brings it in, or run that function "
+            "eagerly with torch.compiler.disable",
+        )
 
-Observer = Callable[[list[Scheduled]], None]
-observers: list[Observer] = []
-"""Called with the kernels of every graph that is compiled, before a wrong one raises."""
+
+_collecting: list[list[Scheduled]] = []
+
+
+@contextmanager
+def collected() -> Iterator[list[Scheduled]]:
+    """The kernels of the graphs that are compiled inside, filled in as they are."""
+    kernels: list[Scheduled] = []
+    _collecting.append(kernels)
+    try:
+        yield kernels
+    finally:
+        _collecting.remove(kernels)
+
 
 _Pass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)
 
@@ -57,12 +78,14 @@ class Check(_Pass):  # type: ignore[misc]
         if self.before is not None:
             nodes = self.before(nodes)
         found = [kernel for node in nodes for kernel in look(node, self.rules)]
-        for observer in observers:
-            observer(found)
-        for kernel in found:
-            if kernel.wrong:
-                where = f". It is called at {kernel.place}" if kernel.place else ""
-                raise UncoveredOpError(kernel.name, "compiled", kernel.wrong + where)
+        if _collecting:
+            _collecting[-1].extend(found)
+        watcher = self.rules.watcher
+        if watcher is not None:
+            watcher.scheduled(found)
+        wrong = next((kernel for kernel in found if kernel.wrong), None)
+        if wrong is not None and (self.rules.enforced if watcher is None else watcher.strict):
+            raise wrong.error()
         return nodes
 
     def uuid(self) -> Any:
@@ -97,7 +120,7 @@ def look(node: Any, rules: Rules) -> Iterator[Scheduled]:
         return
     func = getattr(buffer, "op_overload", None)
     name = func.name() if isinstance(func, torch._ops.OpOverload) else _kernel_name(buffer)
-    wrong = _wrong_call(buffer, func, name, device, rules)
+    wrong = _wrong_call(buffer, func)
     yield Scheduled("call", name, device_type, origins, (), wrong, place)
 
 
@@ -173,30 +196,15 @@ def _elementwise(name: str, device: Device) -> bool:
     )
 
 
-def _wrong_call(buffer: Any, func: Any, name: str, device: Device | None, rules: Rules) -> str:
+_OWN_KERNELS = frozenset({"mkl", "mkldnn", "onednn", "quantized", "_quantized"})
+"""Namespaces of torch's fused products, which the mode does not override."""
+
+
+def _wrong_call(buffer: Any, func: Any) -> str:
     from torch._inductor import ir
 
     if isinstance(buffer, ir.TemplateBuffer):
-        return "Inductor generates it from a template whose order depends on shapes"
-    if isinstance(func, torch._ops.OpOverload):
-        if func.namespace != "aten" or device is None:
-            return ""
-        short = name.removeprefix("aten::")
-        if rules.allows(short) or aten_of(func) is not None:
-            return ""
-        if short in device.overridden or short in device.refused:
-            inexact = any(d.is_floating_point or d.is_complex for d in _dtypes(buffer))
-            return "Inductor calls torch's own kernel past the mode" if inexact else ""
-        return ""
-    if "extern_kernels." in name or name.startswith("at::"):
-        return "Inductor calls torch's own kernel past the mode"
+        return "Inductor generates it from a template, whose order depends on shapes"
+    if isinstance(func, torch._ops.OpOverload) and func.namespace in _OWN_KERNELS:
+        return "Inductor calls a fused kernel of torch's own"
     return ""
-
-
-def _dtypes(buffer: Any) -> Iterator[torch.dtype]:
-    for value in (buffer, *getattr(buffer, "inputs", ())):
-        try:
-            dtype = value.get_dtype()
-        except (AttributeError, NotImplementedError):
-            continue
-        yield dtype

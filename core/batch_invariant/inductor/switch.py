@@ -11,6 +11,7 @@ the backend is exchanged. Without it (another torch), compiled functions run eag
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -95,14 +96,18 @@ def install() -> Callable[[], None]:
 
 
 def refuse_inside_compiled_code() -> None:
-    """Raises if the caller is run by a compiled function."""
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    """Raises if the caller is run by a compiled function, directly or by what it left out."""
+    from torch._dynamo import eval_frame
 
-    if get_eval_frame_callback() not in (None, False):
-        raise ConfigurationError(
-            "the mode or the backend was to change inside a compiled function, whose graphs are "
-            "those of one setting; change it outside of torch.compile"
-        )
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
+            raise ConfigurationError(
+                "the mode or the backend was to change inside a compiled function, whose graphs "
+                "are those of one setting; change it outside of torch.compile"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _wrapped(callback: Any, compiles: bool) -> InvariantCallback:

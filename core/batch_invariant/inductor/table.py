@@ -8,6 +8,7 @@ taken apart, fused or lowered before it is seen here.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -74,7 +75,7 @@ class _Rewrite:
         if self.name in _contracts():
             if device.fault is not None:
                 raise device.fault.with_traceback(None)
-            return _contracts()[self.name](*args, **kwargs)
+            return _contracts()[self.name](*self._positional(args), **kwargs)
         reason = coverage.harmless(self.name, device.harmless)
         by_backend = reason is not None and coverage.harmless(self.name) is None
         if may_fuse(self.func, reason, by_backend, self._given(args, kwargs)):
@@ -87,6 +88,11 @@ class _Rewrite:
                 f"aten::{self.name}", ", ".join(map(_describe, values)), refused.text + _line()
             )
         return opaque(self.func)(*args, **kwargs)
+
+    def _positional(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The positional arguments with aten's defaults, which the contracts do not have."""
+        expected = [a for a in self.func._schema.arguments if not a.kwarg_only]
+        return (*args, *(a.default_value for a in expected[len(args) :]))
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The value of every argument, defaults included."""
@@ -130,9 +136,7 @@ def _device_type(values: list[Any]) -> str:
 
 def _inexact(values: list[Any]) -> bool:
     dtypes = [v.dtype if isinstance(v, torch.Tensor) else v for v in values]
-    return any(
-        isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex) for d in dtypes
-    )
+    return any(isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex) for d in dtypes)
 
 
 def _describe(value: Any) -> str:
@@ -148,11 +152,16 @@ def _line() -> str:
 
 
 def place_of(stack: str) -> str:
-    """The last frame of a formatted stack: file:line and the code."""
+    """The innermost frame of a formatted stack that is not torch's: file:line and the code."""
     lines = [line.strip() for line in stack.strip().splitlines()]
-    at = max((i for i, line in enumerate(lines) if line.startswith("File ")), default=None)
-    if at is None:
-        return lines[-1] if lines else ""
+    frames = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    if not frames:
+        return ""
+    own = [i for i in frames if not lines[i].startswith(f'File "{_TORCH}')]
+    at = (own or frames)[-1]
     file, line = lines[at].split('"')[1], lines[at].split("line ")[1].split(",")[0]
     code = f"  {lines[at + 1]}" if at + 1 < len(lines) else ""
     return f"{file}:{line}{code}"
+
+
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
