@@ -156,7 +156,7 @@ selector.on_change(_reinstall)
 
 # Dynamo need not look into these: inside a compiled function they raise.
 for _function in (_install, _uninstall):
-    _function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    _function._torchdynamo_disable = True  # type: ignore[union-attr]
 
 
 def _override(

@@ -19,8 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+
 from batch_invariant.inductor.arrival import Undo, on_import, withdraw
 from batch_invariant.inductor.rules import Device, Rules, Watcher
+from batch_invariant.ops import CONTRACTS
 
 __all__ = ["Device", "Rules", "Watcher", "hold", "release", "rules_held", "watched"]
 
@@ -79,6 +82,10 @@ def refuse_inside_compiled_code() -> None:
 def _renew() -> None:
     global _effective
     withdraw()
+    for op in CONTRACTS.values():
+        for name in op.composite:
+            # Tracing goes through torch's dispatcher in Python, which remembers what it found.
+            getattr(torch.ops.aten, name).default._dispatch_cache.clear()
     _effective = _held
     if _audit is not None:
         _effective = _audit if _held is None else replace(_held, watcher=_audit.watcher)

@@ -18,16 +18,16 @@ from torch._inductor import custom_graph_pass
 from batch_invariant.errors import UncoveredOpError
 from batch_invariant.inductor.fusible import LOOP_OPS
 from batch_invariant.inductor.rules import Device, Rules
-from batch_invariant.inductor.table import place_of
+from batch_invariant.places import traced_line
 
 
 @dataclass(frozen=True)
 class Scheduled:
     """One kernel of a compiled graph.
 
-    kind: "generated" or "call". name: the operator that is called, or that of the buffer that is
-    computed. origins: the operators of the graph it is made of. loop: the operations of a
-    generated loop. wrong: why it does not keep the promise, or "". place: the line of user code.
+    kind: "generated" or "call". name: the operator that is called, or what a loop does. origins:
+    the operators of the graph it is made of. loop: the operations of a generated loop. wrong: why
+    it does not keep the promise, or "". place: the line of user code.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Scheduled:
         """What is raised where it does not keep the promise."""
         where = f". It is called at {self.place}" if self.place else ""
         return UncoveredOpError(
-            self.name,
+            " ".join(self.origins) or self.name,
             "in compiled code",
             self.wrong + where,
             "Look for a custom pass, lowering or template that brings it in, or run that function "
@@ -109,14 +109,12 @@ def look(node: Any, rules: Rules) -> Iterator[Scheduled]:
         return
     buffer = node.node
     device_type = _device_type(node)
-    device = rules.devices.get(device_type)
     origins, place = _origins(buffer)
     if isinstance(node, scheduler.SchedulerNode) and isinstance(buffer, ir.ComputedBuffer):
         loop = tuple(sorted(_loop_ops(node)))
-        wrong = _wrong_loop(node, buffer, loop, device, device_type)
-        yield Scheduled(
-            "generated", _name(origins, buffer), device_type, origins, loop, wrong, place
-        )
+        wrong = _wrong_loop(node, buffer, loop, device_type, rules)
+        name = _loop_name(node, buffer, loop)
+        yield Scheduled("generated", name, device_type, origins, loop, wrong, place)
         return
     func = getattr(buffer, "op_overload", None)
     name = func.name() if isinstance(func, torch._ops.OpOverload) else _kernel_name(buffer)
@@ -130,18 +128,26 @@ def _device_type(node: Any) -> str:
 
 
 def _origins(buffer: Any) -> tuple[tuple[str, ...], str]:
-    names: dict[str, None] = {}
-    place = ""
-    for origin in sorted(buffer.get_origins(), key=lambda n: str(n.name)) if buffer else ():
-        if isinstance(origin.target, torch._ops.OpOverload):
-            names[origin.target.name()] = None
-        if stack := origin.meta.get("stack_trace"):
-            place = place_of(stack)
-    return tuple(names), place
+    """The operators of the graph that a buffer is made of, and the line of the last of them."""
+    nodes = list(buffer.get_origins()) if buffer is not None else []
+    nodes.sort(key=lambda node: str(node.name))
+    last = getattr(buffer, "origin_node", None)
+    names = {n.target.name() for n in nodes if isinstance(n.target, torch._ops.OpOverload)}
+    stacks = [n.meta.get("stack_trace") for n in (*nodes, last) if n is not None]
+    return tuple(sorted(names)), next((traced_line(s) for s in reversed(stacks) if s), "")
 
 
-def _name(origins: tuple[str, ...], buffer: Any) -> str:
-    return " ".join(origins) or str(buffer.get_name())
+_BOOKKEEPING = frozenset(
+    """load store store_reduction index_expr get_index output placeholder constant set_indirect
+    check_bounds indirect_indexing""".split()
+)
+
+
+def _loop_name(node: Any, buffer: Any, loop: tuple[str, ...]) -> str:
+    done = [name for name in loop if name not in _BOOKKEEPING and name != "reduction"]
+    if node.is_reduction():
+        done.append(f"reduced by {buffer.data.reduction_type}")
+    return "loop: " + (", ".join(done) or "copy")
 
 
 def _kernel_name(buffer: Any) -> str:
@@ -160,8 +166,9 @@ def _loop_ops(node: Any) -> set[str]:
 
 
 def _wrong_loop(
-    node: Any, buffer: Any, loop: tuple[str, ...], device: Device | None, device_type: str
+    node: Any, buffer: Any, loop: tuple[str, ...], device_type: str, rules: Rules
 ) -> str:
+    device = rules.devices.get(device_type)
     if device is None:
         return f"there are no rules for {device_type!r}"
     if node.is_reduction():
@@ -179,6 +186,8 @@ def _wrong_loop(
             f"Inductor generates {', '.join(unknown)}, which may be computed differently in "
             "vectors and in tails"
         )
+    if not rules.enforced and buffer.get_dtype() in (torch.bfloat16, torch.float16):
+        return "Inductor rounds to low precision where a fusion ends, and fuses by sizes"
     return ""
 
 

@@ -15,6 +15,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,9 +62,13 @@ class InvariantCallback:
         if not self._compiles:
             return _run_once()
         from torch._dynamo.exc import BackendCompilerFailed
+        from torch.utils._python_dispatch import _disable_current_modes
 
+        watched = self._torchdynamo_orig_backend.rules.watcher is not None
         try:
-            return self._callback(*args, **kwargs)
+            # An audit watches by a dispatch mode, under which Dynamo would compile nothing.
+            with _disable_current_modes() if watched else nullcontext():
+                return self._callback(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, BatchInvariantError):
                 raise error.inner_exception from None

@@ -8,7 +8,6 @@ taken apart, fused or lowered before it is seen here.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from batch_invariant.inductor.fusible import may_fuse
 from batch_invariant.inductor.opaque import opaque
 from batch_invariant.inductor.rules import Device, Rules
 from batch_invariant.ops import CONTRACTS
+from batch_invariant.places import traced_line
 
 Decomposition = Callable[..., Any]
 
@@ -106,7 +106,7 @@ class _Rewrite:
 
 @functools.cache
 def _contracts() -> dict[str, Decomposition]:
-    """The operator of a contract for each overload that the mode sends to one."""
+    """The operator of a contract for each overload that the mode sends to one, adapted to it."""
     found: dict[str, Decomposition] = {}
     for op in CONTRACTS.values():
         for name, adapter in {**op.aten, **op.composite}.items():
@@ -148,20 +148,4 @@ def _describe(value: Any) -> str:
 def _line() -> str:
     """Where the program calls what is being traced, as far as the trace knows."""
     stack = torch.fx.traceback.get_current_meta().get("stack_trace")
-    return f". It is called at {place_of(stack)}" if stack else ""
-
-
-def place_of(stack: str) -> str:
-    """The innermost frame of a formatted stack that is not torch's: file:line and the code."""
-    lines = [line.strip() for line in stack.strip().splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith('File "')]
-    if not frames:
-        return ""
-    own = [i for i in frames if not lines[i].startswith(f'File "{_TORCH}')]
-    at = (own or frames)[-1]
-    file, line = lines[at].split('"')[1], lines[at].split("line ")[1].split(",")[0]
-    code = f"  {lines[at + 1]}" if at + 1 < len(lines) else ""
-    return f"{file}:{line}{code}"
-
-
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+    return f". It is called at {traced_line(stack)}" if stack else ""
