@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from batch_invariant import inductor, mode
@@ -25,15 +26,26 @@ def audit(fn: Callable[..., Any], /, *args: Any, strict: bool = False, **kwargs:
     Not seen: other threads, Triton kernels and extensions that are called past the dispatcher, and
     code compiled ahead of time.
     """
-    devices = {device_type: mode.plan(device_type) for device_type in mode.device_types()}
-    watch = Watch(inductor.Rules(devices, frozenset(), enforced=False), strict)
-    off = inductor.Rules(devices, frozenset(), enforced=False, watcher=watch)
-    with inductor.watched(off):
+    with auditing(strict) as found:
+        result = fn(*args, **kwargs)
         on = mode.is_enabled()
-        with watch:
-            result = fn(*args, **kwargs)
-        on = on or mode.is_enabled()
-    backends = [device.backend.split(" of ")[0] for device in devices.values() if device.backend]
-    state = f"on ({', '.join(backends)})" if on else "off"
-    name = getattr(fn, "__qualname__", None) or type(fn).__name__
-    return Report(name, state, watch.ran, watch.graphs, result)
+    return found(getattr(fn, "__qualname__", None) or type(fn).__name__, on, result)
+
+
+@contextmanager
+def auditing(strict: bool) -> Iterator[Callable[[str, bool, Any], Report]]:
+    """Watches what runs inside; yields what makes the report of it.
+
+    It takes the name of what ran, whether the mode was on, and the result.
+    """
+    devices = {device_type: mode.plan(device_type) for device_type in mode.device_types()}
+    off = inductor.Rules(devices, frozenset(), enforced=False)
+    watch = Watch(off, strict)
+
+    def report(function: str, on: bool, result: Any) -> Report:
+        names = [d.backend.split(" of ")[0] for d in devices.values() if d.backend]
+        state = f"on ({', '.join(names)})" if on else "off"
+        return Report(function, state, dict(watch.ran), watch.graphs, result)
+
+    with inductor.watched(off, watch), watch:
+        yield report

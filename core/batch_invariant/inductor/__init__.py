@@ -50,14 +50,14 @@ def release() -> None:
 
 
 @contextmanager
-def watched(off: Rules) -> Iterator[None]:
-    """Everything that is compiled inside is compiled anew, and shown to the watcher of `off`.
+def watched(off: Rules, watcher: Watcher) -> Iterator[None]:
+    """Everything that is compiled inside is compiled anew, and shown to the watcher.
 
     off: the rules that the mode would have, for what runs while it is off.
     """
     global _audit
     refuse_inside_compiled_code()
-    before, _audit = _audit, off
+    before, _audit = _audit, replace(off, watcher=watcher)
     _renew()
     try:
         yield

@@ -35,6 +35,8 @@ class Table(dict[torch._ops.OpOverload, Decomposition]):
             func = _overload(name)
             if func is not None and not func._schema.is_mutable and not _views(func):
                 self[func] = _Rewrite(func, rules, stock.get(func))
+                # Now, not when it is traced: a graph from a cache on disk calls it untraced.
+                opaque(func)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (self.rules.identity,)
