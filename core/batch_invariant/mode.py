@@ -8,6 +8,8 @@ operators themselves. Overloads that no kernel covers raise. Undone completely b
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import sys
 import threading
 import warnings
@@ -228,12 +230,21 @@ def _plan(
     }
     return tables, inductor.Device(
         backend="" if fault else _identity(device_type),
+        code="" if fault else _code(device_type),
         overloads=frozenset(n.removeprefix("aten::") for n in coverage.aten_overloads(key)),
         overridden=overridden,
         refused=refused,
         harmless=harmless,
         fault=fault,
     )
+
+
+def _code(device_type: str) -> str:
+    backend = type(selector.current_backend(device_type))
+    top = sys.modules.get(backend.__module__.partition(".")[0])
+    if top is not None and hasattr(top, "__path__"):
+        return os.path.dirname(os.path.abspath(str(top.__file__))) + os.sep
+    return os.path.abspath(inspect.getfile(backend))
 
 
 def _identity(device_type: str) -> str:

@@ -19,13 +19,14 @@ from batch_invariant.errors import BatchInvariantError
 class Device:
     """The mode on one device.
 
-    backend: its name and the package it is from. overloads: every aten overload that runs code of
-    its own here. overridden: those that the mode sends elsewhere. refused: those that raise.
-    harmless: what the backend says beside core's own table. fault: why nothing can run here. Names
-    are without `aten::`.
+    backend: its name and the package it is from; code: the folder of that package, or its one file.
+    overloads: every aten overload that runs code of its own here. overridden: those that the mode
+    sends elsewhere. refused: those that raise. harmless: what the backend says beside core's own
+    table. fault: why nothing can run here. Names are without `aten::`.
     """
 
     backend: str
+    code: str
     overloads: frozenset[str]
     overridden: frozenset[str]
     refused: Mapping[str, Refusal]

@@ -11,7 +11,9 @@ the backend is exchanged. Without it (another torch), compiled functions run eag
 
 from __future__ import annotations
 
+import os
 import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+import batch_invariant
 from batch_invariant.errors import BatchInvariantError, ConfigurationError
 from batch_invariant.inductor.rules import Rules
 
@@ -58,9 +61,11 @@ class InvariantCallback:
         self._callback = callback
         self._compiles = compiles
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_kernel(frame.f_code, self._torchdynamo_orig_backend.rules):
+            return _left_alone(skip=True)
         if not self._compiles:
-            return _run_once()
+            return _left_alone(skip=False)
         from torch._dynamo.exc import BackendCompilerFailed
         from torch.utils._python_dispatch import _disable_current_modes
 
@@ -68,7 +73,7 @@ class InvariantCallback:
         try:
             # An audit watches by a dispatch mode, under which Dynamo would compile nothing.
             with _disable_current_modes() if watched else nullcontext():
-                return self._callback(*args, **kwargs)
+                return self._callback(frame, *args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, BatchInvariantError):
                 raise error.inner_exception from None
@@ -128,13 +133,33 @@ def _wrapped(callback: Any, compiles: bool) -> InvariantCallback:
     return found
 
 
-def _run_once() -> Any:
-    """The answer to Dynamo: run this frame eagerly now, and ask again the next time."""
+_CORE = os.path.dirname(os.path.abspath(batch_invariant.__file__)) + os.sep
+_OPS = os.path.join(_CORE, "ops") + os.sep
+
+
+def _is_kernel(code: types.CodeType, rules: Rules) -> bool:
+    """Whether a frame is ours or a backend's, below the dispatcher.
+
+    Between two graphs operators run eagerly, and Dynamo sees the Python of their kernels.
+    """
+    file = code.co_filename
+    if file.startswith(_OPS):
+        return code.co_name.startswith("_")  # what is public is called by programs
+    return file.startswith((_CORE, *(d.code for d in rules.devices.values() if d.code)))
+
+
+def _left_alone(skip: bool) -> Any:
+    """The answer to Dynamo: run this frame eagerly now, and ask again the next time.
+
+    skip: the functions that it calls are not asked for either.
+    """
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
     from torch._dynamo.types import ConvertFrameReturn
 
-    eager = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT)
-    return ConvertFrameReturn(frame_exec_strategy=eager)
+    action = _FrameAction.SKIP if skip else _FrameAction.DEFAULT
+    return ConvertFrameReturn(
+        frame_exec_strategy=_FrameExecStrategy(action, action), apply_to_code=not skip
+    )
 
 
 def _run_eagerly() -> Callable[[], None]:
