@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import batch_invariant as bi
 from batch_invariant.cli import main
+from compiler import needs_compiler
 
 WEIGHT = torch.randn(33, 200)
 
@@ -94,6 +95,7 @@ def test_whole_numbers_allowed_operators_and_operators_of_others() -> None:
     assert kinds(report) == {"bi_audit_test::double": "uncovered"}
 
 
+@needs_compiler
 def test_compiled_code_and_a_planted_bypass() -> None:
     x = torch.randn(7, 200)
     compiled = torch.compile(f)
@@ -120,6 +122,7 @@ def test_compiled_code_and_a_planted_bypass() -> None:
     assert "Inductor generates a sum over float32" in str(found)
 
 
+@needs_compiler
 def test_stock_compiled_code_is_not_covered() -> None:
     with torch.no_grad():
         report = bi.audit(torch.compile(f), torch.randn(7, 200))

@@ -17,6 +17,7 @@ from torch import Tensor
 import batch_invariant as bi
 from batch_invariant.inductor import compile_fx
 from batch_invariant.ops.bits import bits, mismatch
+from compiler import needs_compiler
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,7 @@ def cancelling(rows: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (x + torch.randn(rows, n)).to(dtype)
 
 
+@needs_compiler
 def test_four_rms_norms_and_a_product_do_not_see_the_batch() -> None:
     n = 1031
     module, weight = torch.nn.RMSNorm(n, eps=1e-6), torch.randn(33, n)
@@ -72,6 +74,7 @@ def test_four_rms_norms_and_a_product_do_not_see_the_batch() -> None:
         assert any(not torch.equal(a, b[:1]) for a, b in zip(alone, among, strict=True))
 
 
+@needs_compiler
 def test_exact_loops_have_the_bits_of_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def f(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         half = torch.cat((-c[:, 37:74], a[:, :37]), -1)
@@ -114,6 +117,7 @@ def specials(rows: int, n: int) -> Tensor:
     return x
 
 
+@needs_compiler
 def test_training_has_the_gradients_of_eager_code() -> None:
     layers = torch.nn.LayerNorm(100), torch.nn.Linear(100, 130), torch.nn.GELU()
     model = torch.nn.Sequential(*layers, torch.nn.Linear(130, 20)).to(torch.bfloat16)
@@ -138,6 +142,7 @@ def test_training_has_the_gradients_of_eager_code() -> None:
             assert [mismatch(a, b) for a, b in zip(found, eager, strict=True)] == [None] * 8
 
 
+@needs_compiler
 def test_options_graph_breaks_and_inference_mode() -> None:
     weight, bias = torch.randn(65, 1031), torch.randn(65)
 
@@ -167,6 +172,7 @@ def test_what_is_refused_raises_with_the_line_of_user_code() -> None:
     assert "the line to be named" in message
 
 
+@needs_compiler
 def test_what_is_allowed_runs_torchs_own_kernel() -> None:
     compiled = torch.compile(lambda x: x.cumprod(-1) + 1, fullgraph=True)
     x = torch.rand(3, 8)
@@ -177,6 +183,7 @@ def test_what_is_allowed_runs_torchs_own_kernel() -> None:
         assert mismatch(compiled(x), expected) is None
 
 
+@needs_compiler
 def test_templates_of_inductor_are_refused() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -279,6 +286,7 @@ def _process(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs_compiler
 def test_processes_with_the_mode_on_and_off_share_a_cache_on_disk() -> None:
     # The cache is that of this session (conftest.py), and no other test compiles this function.
     head = """

@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import make_boxed_func
 
 import batch_invariant as bi
 from batch_invariant.ops.bits import mismatch
+from compiler import needs_compiler
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -28,7 +29,7 @@ SIZES: dict[str, Any] = {
 }
 # Their grouped products are refused as yet: rows of one expert see each other.
 EXPERTS: dict[str, Any] = {
-    "num_local_experts": 4,
+    "num_local_experts": 3,
     "num_experts_per_tok": 2,
     "experts_implementation": "eager",
 }
@@ -94,6 +95,7 @@ def test_no_logit_depends_on_the_batch(name: str) -> None:
     assert not seen & {"aten.mm.default", "aten.mean.dim", "aten._softmax.default"}
 
 
+@needs_compiler
 def test_a_model_that_inductor_compiles() -> None:
     model = model_of("llama")
     compiled = torch.compile(model, dynamic=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from batch_invariant import coverage, selector
+from batch_invariant.inductor.fusible import may_fuse
 from batch_invariant.inductor.opaque import aten_of
 from batch_invariant.inductor.rules import Device, Rules
 from batch_invariant.ops import CONTRACTS
@@ -73,7 +74,7 @@ def _aten(
         if exact:
             return Verdict(HARMLESS, _EXACT_NUMBERS)
         if not rules.enforced:
-            if _rounds_once(name, values):
+            if _rounds_once(name, device, values):
                 return Verdict(HARMLESS, coverage.EXACT)
             return Verdict(UNCOVERED, _STOCK.format("the mode is off"))
         if rules.allows(name):
@@ -87,12 +88,10 @@ def _aten(
     return Verdict(HARMLESS, coverage.harmless(name, device.harmless) or coverage.DECOMPOSES)
 
 
-def _rounds_once(name: str, values: Sequence[Any]) -> bool:
-    from batch_invariant.inductor.fusible import may_fuse
-
+def _rounds_once(name: str, device: Device, values: Sequence[Any]) -> bool:
     base, _, overload = name.partition(".")
-    packet = getattr(torch.ops.aten, base)
-    return may_fuse(getattr(packet, overload or "default"), None, False, values)
+    func = getattr(getattr(torch.ops.aten, base), overload or "default")
+    return may_fuse(func, None, device, values)
 
 
 def _contract(op: str, device_type: str, dtype: torch.dtype | None) -> Verdict:

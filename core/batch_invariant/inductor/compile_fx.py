@@ -13,6 +13,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from batch_invariant.errors import ConfigurationError
 from batch_invariant.inductor.rules import Rules, Watcher
 from batch_invariant.inductor.scheduled import Check, collected
 from batch_invariant.inductor.table import Table
@@ -27,6 +30,7 @@ _EXACT = {
     # Random numbers are drawn by the operators that eager code calls.
     "fallback_random": True,
 }
+_NEEDED = ("emulate_precision_casts", "cpp.enable_floating_point_contract_flag")
 _CHECK = "_post_fusion_custom_pass"
 
 
@@ -91,6 +95,12 @@ def _patches(rules: Rules) -> dict[str, Any]:
     from torch._inductor import config
 
     known = config.get_config_copy()
+    if missing := {_CHECK, *_NEEDED} - set(known):
+        raise ConfigurationError(
+            f"torch {torch.__version__} has no option {', '.join(sorted(missing))} of Inductor, so "
+            "compiled code cannot be kept batch-invariant; run it eagerly, with "
+            'torch.compiler.set_stance("force_eager")'
+        )
     patches: dict[str, Any] = {_CHECK: Check(rules, known[_CHECK])}
     if rules.enforced:
         patches |= {name: value for name, value in _EXACT.items() if name in known}

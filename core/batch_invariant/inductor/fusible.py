@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from batch_invariant import coverage
+from batch_invariant.inductor.rules import Device
 from batch_invariant.ops.elementwise import ATEN as ELEMENTWISE
 
 ROUNDED_ONCE = frozenset(
     """add sub rsub mul div neg abs floor ceil trunc sign signbit bitwise_and bitwise_or bitwise_xor
-    bitwise_not bitwise_left_shift bitwise_right_shift __lshift__ __rshift__""".split()
+    bitwise_not bitwise_left_shift bitwise_right_shift""".split()
 )
 """Arithmetic with one rounding or none, by name without overload."""
 
@@ -44,31 +45,39 @@ LOOP_OPS = frozenset(
     bitwise_right_shift bitwise_xor ceil check_bounds constant eq floor floordiv ge get_index gt
     halide_clamp identity index_expr indirect_indexing invert isinf isnan le load load_seed
     logical_and logical_not logical_or logical_xor lshift lt masked masked_subblock maximum
-    minimum mod mul ne neg or_ output partial_accumulate placeholder reduction remainder rshift
-    set_indirect sign signbit store store_reduction sub to_dtype to_dtype_bitcast truediv trunc
+    minimum mod mul ne neg or_ output placeholder reduction remainder rshift set_indirect
+    sign signbit store store_reduction sub to_dtype to_dtype_bitcast truediv trunc
     truncdiv trunc_to_int ceil_to_int floor_to_int where xor int_truediv bucketize
-    device_assert_async get_store_function call_module get_attr
+    device_assert_async
     """.split()
 )
 """Operations in the body of a generated loop that are exact. Extremes are of indices alone, since
 the aten operators that take extremes of values are not fusible."""
 
 
+def always_fused(func: torch._ops.OpOverload, reason: str | None) -> bool:
+    """Whether Inductor may lower every call of an overload that is harmless for this reason."""
+    return coverage.base_of(func.name()) in READ_ONLY or reason in _WHOLE
+
+
 def may_fuse(
-    func: torch._ops.OpOverload, reason: str | None, by_backend: bool, values: Sequence[Any]
+    func: torch._ops.OpOverload, reason: str | None, device: Device, values: Sequence[Any]
 ) -> bool:
     """Whether Inductor may lower this call itself.
 
-    reason: why the overload is harmless, or None; by_backend: the backend says so, of its own
-    device; values: the arguments of the call, flat.
+    reason: why the overload is harmless, or None; values: all arguments of the call, in order.
     """
     base = coverage.base_of(func.name())
-    if base.removeprefix("_foreach_") in ROUNDED_ONCE:
+    if base in ROUNDED_ONCE:
         return _real(values) and not _scaled(func, values) and not _modes(func)
-    if base in READ_ONLY or reason in _WHOLE:
+    if func.name().removeprefix("aten::") in device.overridden:
+        return False
+    if always_fused(func, reason):
         return True
-    # One thread of a GPU computes an element, in generated code as well.
-    return by_backend and base.removeprefix("_foreach_") in ELEMENTWISE and _real(values)
+    # What a backend calls harmless, and core does not: one thread of a GPU computes an element, in
+    # generated code as well.
+    by_backend = reason is not None and coverage.harmless(func.name()) is None
+    return by_backend and base in ELEMENTWISE and _real(values)
 
 
 def _real(values: Sequence[Any]) -> bool:

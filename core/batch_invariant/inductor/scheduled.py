@@ -61,7 +61,7 @@ def collected() -> Iterator[list[Scheduled]]:
     try:
         yield kernels
     finally:
-        _collecting.remove(kernels)
+        _collecting.pop()
 
 
 _Pass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)

@@ -16,8 +16,8 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,17 +67,33 @@ class InvariantCallback:
         if not self._compiles:
             return _left_alone(skip=False)
         from torch._dynamo.exc import BackendCompilerFailed
-        from torch.utils._python_dispatch import _disable_current_modes
 
-        watched = self._torchdynamo_orig_backend.rules.watcher is not None
         try:
-            # An audit watches by a dispatch mode, under which Dynamo would compile nothing.
-            with _disable_current_modes() if watched else nullcontext():
+            with self._compiling():
                 return self._callback(frame, *args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, BatchInvariantError):
                 raise error.inner_exception from None
             raise
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Dynamo's own options for one compilation."""
+        from torch._dynamo import config
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        options: dict[str, Any] = {}
+        if hasattr(config, "enable_dynamo_decompositions"):
+            # It would write addcdiv_ and its like as FMAs, before any operator is seen.
+            options["enable_dynamo_decompositions"] = False
+        if self._torchdynamo_orig_backend.rules.watcher is None:
+            with config.patch(options):
+                yield
+            return
+        # An audit compiles everything anew, and watches by a mode under which Dynamo would not.
+        options |= {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+        with _disable_current_modes(), config.patch(options):
+            yield
 
 
 def install() -> Callable[[], None]:

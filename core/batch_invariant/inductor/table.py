@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from batch_invariant import coverage
 from batch_invariant.errors import UncoveredOpError
-from batch_invariant.inductor.fusible import may_fuse
+from batch_invariant.inductor.fusible import always_fused, may_fuse
 from batch_invariant.inductor.opaque import opaque
 from batch_invariant.inductor.rules import Device, Rules
 from batch_invariant.ops import CONTRACTS
@@ -46,14 +46,9 @@ def _names(device: Device) -> Iterator[str]:
     """The overloads of a device that Inductor must not always lower itself."""
     yield from device.overridden
     for name in device.overloads:
-        if not _always_fused(name, device):
+        func = _overload(name)
+        if func is None or not always_fused(func, coverage.harmless(name, device.harmless)):
             yield name
-
-
-def _always_fused(name: str, device: Device) -> bool:
-    func = _overload(name)
-    reason = coverage.harmless(name, device.harmless)
-    return func is not None and may_fuse(func, reason, False, ())
 
 
 class _Rewrite:
@@ -79,8 +74,7 @@ class _Rewrite:
                 raise device.fault.with_traceback(None)
             return _contracts()[self.name](*self._positional(args), **kwargs)
         reason = coverage.harmless(self.name, device.harmless)
-        by_backend = reason is not None and coverage.harmless(self.name) is None
-        if may_fuse(self.func, reason, by_backend, self._given(args, kwargs)):
+        if may_fuse(self.func, reason, device, self._given(args, kwargs)):
             return self._inductor(args, kwargs)
         refused = device.refused.get(self.name)
         if refused is not None and not (refused.only_floating and not _inexact(values)):
