@@ -15,7 +15,6 @@ import os
 import sys
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +24,6 @@ import torch
 import batch_invariant
 from batch_invariant.errors import BatchInvariantError, ConfigurationError
 from batch_invariant.inductor.rules import Rules
-
-_callbacks: weakref.WeakKeyDictionary[Any, InvariantCallback] = weakref.WeakKeyDictionary()
 
 
 class Setting:
@@ -58,11 +55,12 @@ class InvariantCallback:
         while hasattr(backend, "_torchdynamo_orig_backend"):
             backend = backend._torchdynamo_orig_backend
         self._torchdynamo_orig_backend = Setting(backend, rules)
+        self.rules = rules
         self._callback = callback
         self._compiles = compiles
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_kernel(frame.f_code, self._torchdynamo_orig_backend.rules):
+        if _is_kernel(frame.f_code, self.rules):
             return _left_alone(skip=True)
         if not self._compiles:
             return _left_alone(skip=False)
@@ -82,11 +80,12 @@ class InvariantCallback:
         from torch._dynamo import config
         from torch.utils._python_dispatch import _disable_current_modes
 
+        rules = self.rules
         options: dict[str, Any] = {}
-        if hasattr(config, "enable_dynamo_decompositions"):
+        if rules.enforced and hasattr(config, "enable_dynamo_decompositions"):
             # It would write addcdiv_ and its like as FMAs, before any operator is seen.
             options["enable_dynamo_decompositions"] = False
-        if self._torchdynamo_orig_backend.rules.watcher is None:
+        if rules.watcher is None:
             with config.patch(options):
                 yield
             return
@@ -143,9 +142,10 @@ def _wrapped(callback: Any, compiles: bool) -> InvariantCallback:
     assert rules is not None
     if not compiles:
         return InvariantCallback(callback, rules, compiles)
-    found = _callbacks.get(callback)
-    if found is None or found._torchdynamo_orig_backend.rules is not rules:
-        found = _callbacks[callback] = InvariantCallback(callback, rules, compiles)
+    # Kept on the callback, so that it lives as long, and a call costs no new one.
+    found = getattr(callback, "_batch_invariant", None)
+    if found is None or found._callback is not callback or found.rules is not rules:
+        found = callback._batch_invariant = InvariantCallback(callback, rules, compiles)
     return found
 
 
