@@ -14,6 +14,7 @@ import pytest
 from plugin_source import Install
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bi-cache-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bi-inductor-")
 for _name in ("VLLM_BATCH_INVARIANT", "BATCH_INVARIANT_BACKEND"):
     os.environ.pop(_name, None)
 

@@ -237,7 +237,7 @@ def test_another_librarys_override_is_a_clash() -> None:
 def test_a_failed_install_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before = X @ W
 
-    def fail() -> None:
+    def fail(rules: object) -> None:
         raise OSError("no")
 
     monkeypatch.setattr(mode.inductor, "hold", fail)

@@ -32,6 +32,7 @@ _HOME = {
         "VarianceFound",
     ),
     "guarantee": ("Guarantee",),
+    "auditing.audit": ("audit",),
     "proof.user.function": ("verify",),
     "mode": ("disable", "enable", "enabled", "is_enabled"),
     "selector": ("backends", "current_backend", "use_backend"),

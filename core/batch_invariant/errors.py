@@ -50,10 +50,10 @@ class VarianceFound(BatchInvariantError):
 class UncoveredOpError(BatchInvariantError):
     """With the mode on, an operator was called that mixes elements and has no invariant kernel."""
 
-    def __init__(self, op: str, call: str, reason: str) -> None:
+    def __init__(self, op: str, call: str, reason: str, remedy: str = "") -> None:
         base = op.removeprefix("aten::").split(".")[0]
-        super().__init__(
-            f"{op}({call}) has no batch-invariant kernel: {reason}. "
-            f"Rewrite the call with covered operators, or accept stock numerics for this operator "
+        remedy = remedy or (
+            "Rewrite the call with covered operators, or accept stock numerics for this operator "
             f"alone with batch_invariant.enable(allow=[{base!r}])"
         )
+        super().__init__(f"{op}({call}) has no batch-invariant kernel: {reason}. {remedy}")

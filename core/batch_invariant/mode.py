@@ -8,6 +8,8 @@ operators themselves. Overloads that no kernel covers raise. Undone completely b
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import sys
 import threading
 import warnings
@@ -17,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from batch_invariant import coverage, env, inductor, selector
+from batch_invariant import coverage, env, inductor, registry, selector
 from batch_invariant.errors import (
     BatchInvariantError,
     ConfigurationError,
@@ -116,7 +118,8 @@ def _checked(allow: Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _device_types() -> list[str]:
+def device_types() -> list[str]:
+    """The device types that the mode covers here."""
     accelerator = torch.accelerator.current_accelerator(check_available=False)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
@@ -126,10 +129,12 @@ def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
     global _allow, _fault
     _uninstall()
     try:
-        for device_type in _device_types():
-            _installed.append(_override(device_type, allow, fault))
+        devices: dict[str, inductor.Device] = {}
+        for device_type in device_types():
+            library, devices[device_type] = _override(device_type, allow, fault)
+            _installed.append(library)
         _allow, _fault = allow, fault
-        inductor.hold()
+        inductor.hold(inductor.Rules(devices, allow))
     except BaseException:
         _uninstall()
         raise
@@ -151,23 +156,17 @@ def _reinstall() -> None:
 
 selector.on_change(_reinstall)
 
+# Dynamo need not look into these: inside a compiled function they raise.
+for _function in (_install, _uninstall):
+    _function._torchdynamo_disable = True  # type: ignore[union-attr]
+
 
 def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
-) -> torch.library.Library:
+) -> tuple[torch.library.Library, inductor.Device]:
     key = dispatch_key(device_type)
-    fault = fault or _missing_backend(device_type)
-    plain, with_keyset, composite = (
-        {name: fn for name, fn in table.items() if _runs_on(name, key)}
-        for table in overrides(device_type, fault)
-    )
-    covered = {f"aten::{name}" for name in (*plain, *with_keyset, *composite)}
-    harmless = {} if fault else selector.current_backend(device_type).aten_harmless()
-    refused = {
-        name.removeprefix("aten::"): reason
-        for name, reason in coverage.refused_overloads(covered, key, harmless).items()
-        if _runs_on(name.removeprefix("aten::"), key)
-    }
+    (plain, with_keyset, composite), device = _plan(device_type, fault)
+    fault, refused = device.fault, device.refused
     library = torch.library.Library("aten", "IMPL")
 
     def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
@@ -204,7 +203,53 @@ def _override(
     except BaseException:
         library._destroy()
         raise
-    return library
+    return library, device
+
+
+def plan(device_type: str) -> inductor.Device:
+    """What the mode does, or would do, with the operators of a device."""
+    return _plan(device_type, None)[1]
+
+
+def _plan(
+    device_type: str, fault: BatchInvariantError | None
+) -> tuple[list[Overrides], inductor.Device]:
+    key = dispatch_key(device_type)
+    fault = fault or _missing_backend(device_type)
+    tables = [
+        {name: fn for name, fn in table.items() if _runs_on(name, key)}
+        for table in overrides(device_type, fault)
+    ]
+    overridden = frozenset(name for table in tables for name in table)
+    covered = {f"aten::{name}" for name in overridden}
+    harmless = {} if fault else selector.current_backend(device_type).aten_harmless()
+    refused = {
+        name.removeprefix("aten::"): reason
+        for name, reason in coverage.refused_overloads(covered, key, harmless).items()
+        if _runs_on(name.removeprefix("aten::"), key)
+    }
+    return tables, inductor.Device(
+        backend="" if fault else _identity(device_type),
+        code="" if fault else _code(device_type),
+        overloads=frozenset(n.removeprefix("aten::") for n in coverage.aten_overloads(key)),
+        overridden=overridden,
+        refused=refused,
+        harmless=harmless,
+        fault=fault,
+    )
+
+
+def _code(device_type: str) -> str:
+    backend = type(selector.current_backend(device_type))
+    top = sys.modules.get(backend.__module__.partition(".")[0])
+    if top is not None and hasattr(top, "__path__"):
+        return os.path.dirname(os.path.abspath(str(top.__file__))) + os.sep
+    return os.path.abspath(inspect.getfile(backend))
+
+
+def _identity(device_type: str) -> str:
+    name = selector.current_backend(device_type).name
+    return f"{name} of {registry.distribution(name)}"
 
 
 Overrides = dict[str, Callable[..., Any]]

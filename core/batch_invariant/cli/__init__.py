@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 _COMMANDS = {
+    "audit": "runs a script and lists every operator that ran: covered, harmless or uncovered",
     "demo": "a real language model: each prompt alone and in batches, stock torch and invariant",
     "doctor": "what is installed, what works, what is selected, what to do next",
     "fingerprint": "the order in which operators add, at several sizes of the batch",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import linecache
-import os
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,11 +17,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import batch_invariant
+from batch_invariant.places import running_line
 from batch_invariant.proof.user.rows import leaves, plain
-
-_OURS = os.path.dirname(os.path.abspath(batch_invariant.__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 # They return memory as it was found: its bits say nothing.
 _UNWRITTEN = ("empty", "new_empty", "resize_", "_resize")
@@ -166,7 +161,7 @@ class Recorder(TorchDispatchMode):
         self.calls.append(
             Call(
                 op=str(func),
-                place=Place(*self._modules.current(), *_line()),
+                place=Place(*self._modules.current(), *running_line()),
                 inputs=specs,
                 outputs=tuple(map(_spec, outputs)),
                 sources=self._flow(index, inputs, outputs),
@@ -225,13 +220,3 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[torch.Ten
 def _moves_nothing(func: Any) -> bool:
     name = func._schema.name.split("::")[-1]
     return bool(func.is_view) or name == "_unsafe_view" or name.startswith(_UNWRITTEN)
-
-
-def _line() -> tuple[str, int]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_OURS + os.sep, _TORCH + os.sep, "<frozen ")):
-            return file, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
-    return "", 0

@@ -1,0 +1,1 @@
+"""What a program really ran: every operator and generated kernel, and whether it is covered."""
