@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import batch_invariant as bi
+from batch_invariant import inductor
 from batch_invariant.ops.bits import mismatch
 
 REASON = "" if torch.cuda.is_available() else "torch.cuda.is_available() is False"
@@ -24,7 +25,8 @@ ROWS = (1, 2, 3, 7, 16, 33, 64)
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(inductor, "COMPILED_ON", frozenset({"cpu", "cuda"}))
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield

@@ -27,6 +27,10 @@ from batch_invariant.ops import CONTRACTS
 
 __all__ = ["Device", "Rules", "Watcher", "hold", "release", "rules_held", "watched"]
 
+COMPILED_ON = frozenset({"cpu"})
+"""Device types whose generated code was checked. Where the mode covers another one as well,
+compiled functions run eagerly while it is on: right, and not faster."""
+
 _held: Rules | None = None
 _audit: Rules | None = None
 _effective: Rules | None = None
@@ -89,15 +93,25 @@ def _renew() -> None:
     _effective = _held
     if _audit is not None:
         _effective = _audit if _held is None else replace(_held, watcher=_audit.watcher)
-    if _effective is not None:
-        on_import("torch._dynamo.eval_frame", _switch)
-        on_import("torch._inductor.compile_fx", _compile)
+    if _effective is None:
+        return
+    if _effective.enforced and not COMPILED_ON.issuperset(_effective.devices):
+        on_import("torch._dynamo.eval_frame", _run_eagerly)
+        return
+    on_import("torch._dynamo.eval_frame", _switch)
+    on_import("torch._inductor.compile_fx", _compile)
 
 
 def _switch() -> Undo:
     from batch_invariant.inductor import switch
 
     return switch.install()
+
+
+def _run_eagerly() -> Undo:
+    from batch_invariant.inductor import switch
+
+    return switch.run_eagerly()
 
 
 def _compile() -> Undo:

@@ -101,7 +101,12 @@ def install() -> Callable[[], None]:
 
     choose = getattr(eval_frame, "_callback_from_stance", None)
     if choose is None:
-        return _run_eagerly()
+        warnings.warn(
+            f"batch_invariant does not know how torch {torch.__version__} selects compiled graphs: "
+            "while the mode is on, compiled functions run eagerly",
+            stacklevel=2,
+        )
+        return run_eagerly()
 
     def invariant(callback: Any) -> Any:
         chosen = choose(callback)
@@ -178,11 +183,7 @@ def _left_alone(skip: bool) -> Any:
     )
 
 
-def _run_eagerly() -> Callable[[], None]:
-    warnings.warn(
-        f"batch_invariant does not know how torch {torch.__version__} selects compiled graphs: "
-        "while the mode is on, compiled functions run eagerly",
-        stacklevel=2,
-    )
+def run_eagerly() -> Callable[[], None]:
+    """Compiled functions run eagerly from now on; returns what undoes it."""
     stance = torch.compiler.set_stance("force_eager")
     return lambda: stance.__exit__(None, None, None)
