@@ -296,6 +296,10 @@ def refused_overloads(
 OTHER_LAYOUTS = {
     "cpu": ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "NestedTensorCPU"),
     "cuda": ("SparseCUDA", "SparseCsrCUDA", "QuantizedCUDA", "NestedTensorCUDA"),
+    "npu": (
+        *("SparsePrivateUse1", "SparseCsrPrivateUse1"),
+        *("QuantizedPrivateUse1", "NestedTensorPrivateUse1"),
+    ),
 }
 """Keys of a device's tensors that are not plain ones: their kernels are torch's own."""
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from batch_invariant import coverage, env, inductor, selector
+from batch_invariant import coverage, env, inductor, selector, vendor
 from batch_invariant.errors import (
     BatchInvariantError,
     ConfigurationError,
@@ -38,8 +38,8 @@ _fault: BatchInvariantError | None = None
 def enable(*, allow: Iterable[str] = ()) -> None:
     """Turns the mode on for the whole process; does nothing if it is on already.
 
-    allow: names of aten operators, such as "fft_fft", that may run torch's own kernels although
-    no invariant one exists.
+    allow: names of aten operators, such as "fft_fft", or of a vendor's, such as "npu::npu_ffn",
+    that may run their own kernels although no invariant one exists.
     """
     global _explicit
     wanted = _checked(allow)
@@ -53,7 +53,7 @@ def disable() -> None:
     global _explicit
     with _lock:
         _explicit = False
-        _uninstall()
+        _turn_off()
 
 
 def is_enabled() -> bool:
@@ -83,7 +83,7 @@ def enabled(*, allow: Iterable[str] = ()) -> Iterator[None]:
             if found or _contexts:
                 _ensure(found_allow)
             else:
-                _uninstall()
+                _turn_off()
 
 
 def enable_from_environment() -> None:
@@ -111,9 +111,15 @@ def _checked(allow: Iterable[str]) -> frozenset[str]:
     if isinstance(allow, str):
         raise ConfigurationError(f"allow={allow!r}: expected a list of operator names")
     wanted = frozenset(name.removeprefix("aten::") for name in allow)
-    if unknown := sorted(name for name in wanted if not hasattr(torch.ops.aten, name)):
-        raise ConfigurationError(f"allow: no aten operator is named {', '.join(unknown)}")
+    if unknown := sorted(name for name in wanted if not _is_operator(name)):
+        raise ConfigurationError(f"allow: no operator is named {', '.join(unknown)}")
     return wanted
+
+
+def _is_operator(name: str) -> bool:
+    """Whether torch knows an aten operator, or a `namespace::operator`."""
+    namespace, _, operator = name.rpartition("::")
+    return hasattr(getattr(torch.ops, namespace or "aten"), operator)
 
 
 def _device_types() -> list[str]:
@@ -127,7 +133,7 @@ def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
     _uninstall()
     try:
         for device_type in _device_types():
-            _installed.append(_override(device_type, allow, fault))
+            _installed.extend(_override(device_type, allow, fault))
         _allow, _fault = allow, fault
         inductor.hold()
     except BaseException:
@@ -143,6 +149,13 @@ def _uninstall() -> None:
     _allow, _fault = frozenset(), None
 
 
+def _turn_off() -> None:
+    """Undoes overrides and vendor switches alike."""
+    if _installed:
+        _uninstall()
+        selector.release()
+
+
 def _reinstall() -> None:
     with _lock:
         if _installed:
@@ -154,7 +167,7 @@ selector.on_change(_reinstall)
 
 def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
-) -> torch.library.Library:
+) -> list[torch.library.Library]:
     key = dispatch_key(device_type)
     fault = fault or _missing_backend(device_type)
     plain, with_keyset, composite = (
@@ -168,17 +181,25 @@ def _override(
         for name, reason in coverage.refused_overloads(covered, key, harmless).items()
         if _runs_on(name.removeprefix("aten::"), key)
     }
-    library = torch.library.Library("aten", "IMPL")
+    special = vendor.overrides(device_type, key, fault)
+    libraries = {
+        namespace: torch.library.Library(namespace, "IMPL")
+        for namespace in ("aten", *sorted({name.split("::")[0] for name in special}))
+    }
 
-    def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
-        if name.split(".")[0] in allow or coverage.base_of(name) in allow:
+    def impl(
+        name: str, fn: Callable[..., Any], at: str, keyset: bool = False, of: str = "aten"
+    ) -> None:
+        if of == "aten" and (name.split(".")[0] in allow or coverage.base_of(name) in allow):
             return
-        if f"aten/{name}/{at}" in torch.library._impls:
+        if f"{of}::{name.split('.')[0]}" in allow:
+            return
+        if f"{of}/{name}/{at}" in torch.library._impls:
             raise OverrideClash(
-                f"aten::{name} is already overridden at {at} by another library, which would "
+                f"{of}::{name} is already overridden at {at} by another library, which would "
                 "decide the bits; import batch_invariant without it, or turn its mode off first"
             )
-        library.impl(name, fn, at, with_keyset=keyset)
+        libraries[of].impl(name, fn, at, with_keyset=keyset)
 
     capture((*plain, *with_keyset, *refused), key)
     layouts = {
@@ -201,10 +222,14 @@ def _override(
                 for name, reason in names.items():
                     short = name.removeprefix("aten::")
                     impl(short, _refuse(short, reason, layout, fault), layout)
+            for qualified, fn in special.items():
+                namespace, _, name = qualified.partition("::")
+                impl(name, fn, key, of=namespace)
     except BaseException:
-        library._destroy()
+        for library in libraries.values():
+            library._destroy()
         raise
-    return library
+    return list(libraries.values())
 
 
 Overrides = dict[str, Callable[..., Any]]

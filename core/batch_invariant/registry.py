@@ -108,6 +108,7 @@ def _check(cls: object, name: str, distribution: str) -> None:
         "kernels",
         "aten_overrides",
         "aten_harmless",
+        "vendor_overrides",
         "gaps",
         "activate",
         "deactivate",
