@@ -225,7 +225,16 @@ def harmless(name: str, here: Here = _NOTHING) -> str | None:
 def registered(key: str) -> list[str]:
     """Every aten overload with a kernel registered under a dispatch key."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    return sorted(name for name in names if name.startswith("aten::"))
+    return sorted(name for name in names if name.startswith("aten::") and name in _defined())
+
+
+@functools.cache
+def _defined() -> frozenset[str]:
+    """Every operator with a schema: a vendor may register kernels for names that have none."""
+    return frozenset(
+        f"{s.name}.{s.overload_name}" if s.overload_name else s.name
+        for s in torch._C._jit_get_all_schemas()
+    )
 
 
 @functools.cache

@@ -194,12 +194,13 @@ def _override(
             return
         if f"{of}::{name.split('.')[0]}" in allow:
             return
-        if f"{of}/{name}/{at}" in torch.library._impls:
+        # A vendor's own operators may be written in Python: that is no second override.
+        if of == "aten" and f"aten/{name}/{at}" in torch.library._impls:
             raise OverrideClash(
-                f"{of}::{name} is already overridden at {at} by another library, which would "
+                f"aten::{name} is already overridden at {at} by another library, which would "
                 "decide the bits; import batch_invariant without it, or turn its mode off first"
             )
-        libraries[of].impl(name, fn, at, with_keyset=keyset)
+        libraries[of].impl(name, fn, at, with_keyset=keyset, allow_override=of != "aten")
 
     capture((*plain, *with_keyset, *refused), key)
     layouts = {

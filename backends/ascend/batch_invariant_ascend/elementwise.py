@@ -19,6 +19,7 @@ from batch_invariant.order import undeclared
 from batch_invariant.stock import stock
 from batch_invariant_ascend import admission, explog
 from batch_invariant_ascend.dtypes import DTYPES, check_dtype
+from batch_invariant_ascend.tiers import Tier
 
 _SIZE = 4099
 _ONE = """
@@ -113,9 +114,8 @@ def kernels() -> dict[str, Kernel]:
             guarantee=Guarantee.BATCH,
             dtypes=DTYPES,
             order=undeclared("nothing is added across elements"),
-            source="torch_npu, measured here"
-            if reason is None
-            else f"D: composed; not torch_npu's own ({reason})",
+            source="torch_npu, measured here" if reason is None else Tier.D.value,
+            better=() if reason is None else (f"torch_npu's own {name}: {reason}",),
         )
     return found
 

@@ -100,16 +100,20 @@ def varies(base: str) -> str | None:
     fn = _original(f"npu::{base}")
     for dtype in admission.dtypes():
         x = admission.values(admission.ROWS, 1536, dtype=dtype, cancelling=False).npu()
-        if base in _ROTARY:
-            angles = admission.values(1, 1, 1, 128, dtype=dtype, cancelling=False).npu()
-            found = admission.rows_agree(
-                lambda part, r=angles: fn(part.view(len(part), 12, 1, 128), r, r), x
-            )
-        else:
-            found = admission.rows_agree(lambda part: fn(part), x)
+        try:
+            found = admission.rows_agree(_on_rows(base, fn, dtype), x)
+        except RuntimeError as error:
+            found = f"{dtype}: {str(error).splitlines()[0]}"
         if found is not None:
             return found
     return None
+
+
+def _on_rows(base: str, fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    if base not in _ROTARY:
+        return fn
+    angles = admission.values(1, 1, 1, 128, dtype=dtype, cancelling=False).npu()
+    return lambda x: fn(x.view(len(x), 12, 1, 128), angles, angles)
 
 
 def _refusal(name: str, reason: str) -> Callable[..., Any]:

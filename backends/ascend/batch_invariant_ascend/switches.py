@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -46,10 +46,10 @@ def torch_npu() -> Any:
 def why_no_level_3() -> str | None:
     """Why batch consistency cannot be switched on here; None if it can. Tried, then undone."""
     try:
-        with _determinism(BATCH_CONSISTENCY):
-            return None
+        _set_determinism(BATCH_CONSISTENCY)()
     except (RuntimeError, AttributeError, ValueError) as error:
-        return str(error).splitlines()[0]
+        return str(error).split(". ")[0].splitlines()[0]
+    return None
 
 
 def check_level_3() -> None:
@@ -63,7 +63,7 @@ def check_level_3() -> None:
 
 
 class Switches:
-    """Everything `set` has changed, to be undone by `restore`, also after a failure half way."""
+    """What `set` has changed, to be undone by `restore`."""
 
     def __init__(self) -> None:
         self._undo = ExitStack()
@@ -75,10 +75,10 @@ class Switches:
             raise BackendUnavailable("ascend", found.reason, found.remedy)
         level = 1 if why_no_level_3() is not None else BATCH_CONSISTENCY
         with ExitStack() as stack:
-            stack.enter_context(environment(ENVIRONMENT))
-            stack.enter_context(_option(_INTERNAL_FORMAT, "disable"))
-            stack.enter_context(_option(_HF32, "disable"))
-            stack.enter_context(_determinism(level))
+            stack.callback(_set_environment(ENVIRONMENT))
+            stack.callback(_set_option(_INTERNAL_FORMAT, "disable"))
+            stack.callback(_set_option(_HF32, "disable"))
+            stack.callback(_set_determinism(level))
             stack.callback(installation.remember_hccl)
             self._undo = stack.pop_all()
 
@@ -87,46 +87,34 @@ class Switches:
         self._undo.close()
 
 
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables inside; afterwards as before, absent ones absent again."""
+Undo = Callable[[], None]
+
+
+def _set_environment(values: Mapping[str, str]) -> Undo:
+    """Sets environment variables; undone, those that were absent are absent again."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
-
-@contextmanager
-def _option(name: str, value: str) -> Iterator[None]:
-    """An option of torch_npu. One that was never set is put back to `disable`, its default."""
-    module = torch_npu()
-    before = module._C._npu_getOption(name)
-    module._C._npu_setOption({name: value})
-    try:
-        yield
-    finally:
-        module._C._npu_setOption({name: before.decode() if before else "disable"})
+    return undo
 
 
-@contextmanager
-def held_level_3() -> Iterator[None]:
-    """Batch consistency inside, where it can be had at all."""
-    if why_no_level_3() is not None:
-        yield
-        return
-    with _determinism(BATCH_CONSISTENCY):
-        yield
+def _set_option(name: str, value: str) -> Undo:
+    """Sets an option of torch_npu. One that was never set is put back to `disable`, its default."""
+    core = torch_npu()._C
+    before = core._npu_getOption(name)
+    core._npu_setOption({name: value})
+    return lambda: core._npu_setOption({name: before.decode() if before else "disable"})
 
 
-@contextmanager
-def _determinism(level: int) -> Iterator[None]:
-    """A deterministic level inside; level and torch's two flags afterwards as before.
+def _set_determinism(level: int) -> Undo:
+    """Sets a deterministic level; undone, the level and torch's two flags are as before.
 
     A user's strict setting stays strict. Where torch's flag is off, it is set with `warn_only`:
     operators that torch calls nondeterministic are covered or refused by the mode anyway.
@@ -135,15 +123,29 @@ def _determinism(level: int) -> Iterator[None]:
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     before = npu._get_deterministic_level()
+
+    def undo() -> None:
+        # The level first: setting it to 0 also turns torch's flag off.
+        _quietly(npu.set_deterministic_level, before)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
     if not enabled:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         _quietly(npu.set_deterministic_level, max(level, before))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+@contextmanager
+def held_level_3() -> Iterator[None]:
+    """Batch consistency inside, where it can be had at all."""
+    with ExitStack() as stack:
+        if why_no_level_3() is None:
+            stack.callback(_set_determinism(BATCH_CONSISTENCY))
         yield
-    finally:
-        # The level first: setting it to 0 also turns torch's flag off.
-        _quietly(npu.set_deterministic_level, before)
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _quietly(set_level: Callable[[int], None], level: int) -> None:

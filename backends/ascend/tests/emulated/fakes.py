@@ -13,7 +13,8 @@ import types
 from typing import Any
 
 import torch
-from npu_device import KEY, _libraries, npu, on_cpu, on_npu
+from npu_device import npu, on_cpu, on_npu
+from npu_kernels import KEY, libraries
 
 from batch_invariant_ascend.schemas import SCHEMAS
 
@@ -148,7 +149,7 @@ def install_torch_npu(version: str = "2.13.0") -> types.ModuleType:
         setattr(module, base, getattr(torch.ops.npu, base))
     module.npu = npu
     module._C = _Core("torch_npu._C")
-    _libraries.append(library)
+    libraries.append(library)
     sys.modules["torch_npu"] = module
     return module
 
@@ -165,7 +166,7 @@ def install_ascendc(own: bool = True) -> None:
         library.define(schema)
         name = schema.split("(")[0]
         library.impl(name, _noted(name, _ascendc(name)), KEY)
-    _libraries.append(library)
+    libraries.append(library)
 
 
 def _ascendc(name: str) -> Any:
