@@ -38,7 +38,6 @@ _UNDERSTOOD = frozenset(
     num_key_value_heads sparse_mode block_size softmax_lse_flag pre_tokens next_tokens inner_precise
     """.split()
 )
-_NEUTRAL = (None, 0, False)
 _ALL_TOKENS = 2147483647
 
 
@@ -149,9 +148,7 @@ def _composed(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tup
     """Each sequence and head on its own: rows see only their own keys, whatever shares the call."""
     kw = {_RENAMED.get(name, name): value_ for name, value_ in keywords.items()}
     unknown = sorted(
-        name
-        for name, value_ in kw.items()
-        if name not in _UNDERSTOOD and not any(value_ is n for n in _NEUTRAL) and value_ != 0
+        name for name, value_ in kw.items() if name not in _UNDERSTOOD and _is_given(value_)
     )
     if unknown:
         raise OpNotSupported(
@@ -168,6 +165,11 @@ def _composed(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tup
             "composed of others there are 0 (all keys, or atten_mask), 2 and 3 (causal)"
         )
     return together_composed(query, key, value, kw, mode)
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an argument asks for something: None, zero and empty lists do not."""
+    return isinstance(value, Tensor) or bool(value)
 
 
 def together_composed(

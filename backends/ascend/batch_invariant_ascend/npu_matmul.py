@@ -55,9 +55,7 @@ def grouped_matmul(
     activations and group types other than rows (0) are refused.
     """
     name = "npu_grouped_matmul"
-    given = sorted(
-        k for k, v in rest.items() if v is not None and (not hasattr(v, "__len__") or len(v))
-    )
+    given = sorted(k for k, v in rest.items() if v is not None and not (v == [] or v == ()))
     if given or act_type or output_dtype is not None:
         what = ", ".join([*given, *(["act_type"] if act_type else [])] or ["output_dtype"])
         raise OpNotSupported(
