@@ -131,6 +131,8 @@ def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
     """Replaces whatever is installed; on an error everything is as torch made it."""
     global _allow, _fault
     _uninstall()
+    for device_type in _device_types():
+        _missing_backend(device_type)  # chooses kernels while nothing is overridden or refused
     try:
         for device_type in _device_types():
             _installed.extend(_override(device_type, allow, fault))

@@ -27,6 +27,12 @@ def values(*shape: int, dtype: torch.dtype, cancelling: bool = True) -> torch.Te
     return x.to(dtype)
 
 
+def fractions(n: int) -> torch.Tensor:
+    """Seeded fp32 values within (0, 1), by operators that the mode never refuses."""
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(1, 2**16, (n,), generator=generator).float() / 2**16
+
+
 def rows_agree(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> str | None:
     """None if the rows of fn(x) have the same bits in every cut of x; else which differ."""
     whole = fn(x).cpu()

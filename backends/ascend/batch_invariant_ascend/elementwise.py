@@ -54,12 +54,7 @@ def varies(overload: str) -> str | None:
     numbers = _MORE.get(overload, ())
     for dtype in admission.dtypes():
         # Within (0, 1), where every one of the functions has a value.
-        tensors = [
-            (admission.values(_SIZE + i, dtype=torch.float32, cancelling=False).abs() % 0.97 + 0.01)
-            .to(dtype)[i:]
-            .npu()
-            for i in range(count)
-        ]
+        tensors = [admission.fractions(_SIZE + i).to(dtype)[i:].npu() for i in range(count)]
         try:
             found = admission.places_agree(lambda *t: fn(*t, *numbers), *tensors)
         except (RuntimeError, NotImplementedError) as error:

@@ -60,5 +60,6 @@ def test_the_conformance_kit_on_the_emulated_device() -> None:
         "plain",
         *("--pyargs", "batch_invariant.conformance", "--bi-backend=ascend"),
         *(f"--bi-op={name}" for name in CONFORMANCE),
-        *("-k", "float32 and (population or neighbours or order or kernel)"),
+        # Finding the order of a sum takes hundreds of calls: of one operator, for all that use it.
+        *("-k", "float32 and (dispatch or population or neighbours or rms_norm and order)"),
     )
