@@ -56,7 +56,10 @@ class CpuKernels:
         aten = torch.library.Library("aten", "IMPL")
         libraries.append(aten)
         count = 0
-        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        names = set(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
+        if not self.shares:
+            names |= set(torch._C._dispatch_get_registrations_for_dispatch_key(KEY))
+        for name in names:
             short = name.removeprefix("aten::")
             base, _, overload = short.partition(".")
             op = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
@@ -106,6 +109,8 @@ class CpuKernels:
                     return self.on_npu(x)
             return self.on_npu(x)
 
+        if str(kwargs.get("device")) == "cpu":
+            return op(*tree_map(down, args), **kwargs)
         c_args, c_kwargs = tree_map(down, (args, kwargs))
         if name == "_copy_from":
             c_args[1].copy_(c_args[0])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from npu_kernels import CpuKernels
+from npu_kernels import KEY, CpuKernels, libraries
 
 Tensor = torch.Tensor
 _MADE_BY_TORCH_NPU = """
     _local_scalar_dense empty empty_strided _copy_from _copy_from_and_resize set_ resize_
-    record_stream
+    record_stream is_pinned pin_memory _pin_memory new_empty_strided empty_like new_empty
+    scaled_dot_product_attention
 """.split()
 
 
@@ -32,7 +33,16 @@ def on_npu(x: Tensor) -> Tensor:
     return out
 
 
+def _cast(input: Tensor, dtype: torch.dtype, *_: object) -> Tensor:
+    return on_npu(on_cpu(input).to(dtype))
+
+
 def install() -> int:
     """CPU kernels in the place of those that would launch something; returns how many."""
     kernels = CpuKernels(on_cpu, on_npu, lambda: 0, shares=False)
+    # torch_npu casts by operators of its own, also where it calls itself.
+    casts = torch.library.Library("npu", "IMPL")
+    libraries.append(casts)
+    for name in ("_npu_dtype_cast", "npu_dtype_cast"):
+        casts.impl(name, _cast, KEY)
     return kernels.install(skipped=frozenset(_MADE_BY_TORCH_NPU))
