@@ -15,6 +15,7 @@ SCENES = {
     "level3": ("check_level3.py",),
     "ascendc": ("check_ascendc.py",),
     "broken": ("check_broken.py",),
+    "triton": ("check_triton.py",),
     "attention": ("check_attention.py",),
 }
 """Which files each device is for; attention is on a plain one."""
@@ -36,6 +37,7 @@ def _run(scene: str, *arguments: str) -> None:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
             "VLLM_BATCH_INVARIANT": "0",
+            "TRITON_INTERPRET": "1",  # no other Triton takes the emulated device's tensors
         },
         cwd=HERE,  # pytest would load the conftest of a folder tests/ where it starts
         capture_output=True,

@@ -1,8 +1,8 @@
 """The pytest plugin of the tests on the emulated device: `-p emulated_npu --npu=SCENE`.
 
 plain: CANN before 9.2, nothing else. level3: CANN 9.2. ascendc: the AscendC package. broken: an AscendC
-package whose products depend on the batch, kernels of silu that depend on the place, and another
-package's name. Each is a process of its own.
+package whose products depend on the batch, and kernels of silu and exp that depend on the place. triton: triton-ascend, which is upstream's interpreter under its name. Each is a
+process of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import pytest
 import batch_invariant as bi
 
 
+SCENES = ("plain", "level3", "ascendc", "broken", "triton")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--npu", choices=("plain", "level3", "ascendc", "broken"), default="plain")
+    parser.addoption("--npu", choices=SCENES, default="plain")
 
 
 @pytest.hookimpl(tryfirst=True)  # the plugin of batch-invariant asks for the backend in its own
@@ -30,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         npu_device.npu.newest_level = 3
     if scene in ("ascendc", "broken"):
         fakes.install_ascendc()
+    if scene == "triton":
+        fakes.install_triton_ascend(config)
     if scene == "broken":
         fakes.broken.add("npu_mm_batch_invariant")
         npu_kernels.places_differ.update(("silu", "exp"))

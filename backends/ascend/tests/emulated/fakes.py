@@ -8,6 +8,7 @@ fails a comparison of bits. Those of AscendC are batch-invariant, as its makers 
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import sys
 import types
 from typing import Any
@@ -167,6 +168,39 @@ def install_ascendc(own: bool = True) -> None:
         name = schema.split("(")[0]
         library.impl(name, _noted(name, _ascendc(name)), KEY)
     libraries.append(library)
+
+
+def install_triton_ascend(config: Any) -> None:
+    """The name of triton-ascend for the Triton that is installed, whose interpreter must be on."""
+    import tempfile
+    from pathlib import Path
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("upstream Triton stands for triton-ascend only in its interpreter")
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    info = Path(folder.name, "triton_ascend-3.2.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-ascend\nVersion: 3.2.0\n")
+    sys.path.insert(0, folder.name)
+    from batch_invariant_ascend import gemm, row_kernels
+
+    # The interpreter copies tensors between devices in ways that the emulated one has not.
+    for module, name in (
+        (gemm, "product"),
+        (row_kernels, "row_sum"),
+        (row_kernels, "rms_norm"),
+        (row_kernels, "softmax"),
+    ):
+        setattr(module, name, _on_cpu(getattr(module, name)))
+
+
+def _on_cpu(fn: Any) -> Any:
+    def run(*args: Any) -> Any:
+        out = fn(*(on_cpu(a) if isinstance(a, Tensor) else a for a in args))
+        return on_npu(out) if isinstance(out, Tensor) else tuple(on_npu(o) for o in out)
+
+    return run
 
 
 def _ascendc(name: str) -> Any:
