@@ -32,7 +32,10 @@ class AscendBackend(Backend):
         self._switches: Any = None
 
     def probe(self) -> Availability:
-        """Ok with torch_npu for this torch, CANN, and an NPU that is no 310P, before HCCL starts."""
+        """Ok with torch_npu for this torch, CANN, and an NPU that is no 310P, before HCCL starts.
+
+        Imports nothing.
+        """
         return installation.availability()
 
     def kernels(self) -> Mapping[str, Kernel]:

@@ -1,7 +1,7 @@
 """What the mode needs beyond the contracts: aten overloads with kernels of their own on an NPU.
 
-torch_npu registers `matmul` and its derivative, products with an output dtype, and `softmax.int`, for
-its device; on other devices torch takes them apart. `matmul` reaches neither mm nor bmm there.
+torch_npu registers `matmul` and its derivative, products with an output dtype, and `softmax.int`,
+for its device; on other devices torch takes them apart. `matmul` reaches neither mm nor bmm there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COPIES = "copies elements, or moves state: nothing is computed"
 
 
 def overrides() -> dict[str, Callable[..., Any]]:
-    """The aten overloads by name; each callable takes the keyset first. Only those that exist here."""
+    """The aten overloads that exist here, by name; each callable takes the keyset first."""
     wanted = {
         "matmul": _matmul,
         "matmul.out": _out(_matmul),

@@ -1,7 +1,7 @@
 """scaled_dot_product_attention on Ascend: products, an exact maximum, composed exp and log.
 
-Composed of `product` and `row_sum`, in fp32 until the one rounding, so it has their tiers. A key that
-no query may see adds nothing, whatever it holds.
+Composed of `product` and `row_sum`, in fp32 until the one rounding, so it has their tiers. A key
+that no query may see adds nothing, whatever it holds.
 """
 
 from __future__ import annotations

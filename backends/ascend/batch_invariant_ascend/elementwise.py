@@ -1,8 +1,9 @@
-"""Elementwise functions on Ascend: torch_npu's own kernels, measured; exp and log composed otherwise.
+"""Elementwise functions on Ascend: torch_npu's own kernels where they pass a comparison.
 
-Nothing is added across elements, and yet a kernel may compute the end of a tensor, or one that begins
-off a boundary, with other instructions. So each is compared with itself at other places, on this
-device and in every dtype, before it may run while the mode is on.
+Nothing is added across elements, and yet a kernel may compute the end of a tensor, or one that
+begins off a boundary, with other instructions. So each is compared with itself at other places, on
+this device and in every dtype, before it may run while the mode is on. exp and log are composed
+where they fail.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _ONE = """
     sigmoid silu sin sinc sinh softplus softshrink sqrt tan tanh
 """.split()
 _TWO = """
-    atan2 floor_divide fmax fmin fmod.Tensor gelu_backward hypot logaddexp logaddexp2 maximum minimum
-    pow.Tensor_Tensor remainder.Tensor sigmoid_backward silu_backward tanh_backward xlogy.Tensor
+    atan2 floor_divide fmax fmin fmod.Tensor gelu_backward hypot logaddexp logaddexp2 maximum
+    minimum pow.Tensor_Tensor remainder.Tensor sigmoid_backward silu_backward tanh_backward
+    xlogy.Tensor
 """.split()
 _THREE = "addcdiv addcmul lerp.Tensor".split()
 _MORE: dict[str, tuple[Any, ...]] = {
@@ -45,7 +47,7 @@ PLACE = "torch_npu's own kernel, which gave an element the same bits at other pl
 
 @cache
 def varies(overload: str) -> str | None:
-    """Why an overload's own kernel may not run: where it differs, or how it fails; None if it may."""
+    """Why an overload's own kernel may not run: where it differs, or how it fails."""
     try:
         fn = stock(overload, "PrivateUse1")
     except RuntimeError:
@@ -68,7 +70,7 @@ def varies(overload: str) -> str | None:
 
 
 def harmless() -> dict[str, str]:
-    """The operators that passed, by name; one of several overloads only if all measured ones did."""
+    """The operators that passed, by name: all of their overloads that are measured did."""
     found: dict[str, bool] = {}
     for overload in (*_ONE, *_TWO, *_THREE, *_MORE):
         name = overload.split(".")[0]

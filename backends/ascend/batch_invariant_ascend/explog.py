@@ -2,8 +2,8 @@
 
 A vendor's exp may use other instructions for the end of a tensor than for its body, and other ones
 on every chip. Every step here is one rounded operation, so an element's bits depend on its value
-alone. The polynomials are those of the CPU reference; its steps are fused multiply-adds, so the bits
-are not the same as there.
+alone. The polynomials are those of the CPU reference; its steps are fused multiply-adds, so the
+bits are not the same as there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The product of matrices for triton-ascend: one chain of fixed tiles over K, in fp32.
 
-Tiles are the same at every M: nobody has shown that the cube unit's result does not depend on them, so
-they are part of the order. An output adds its tiles of `_BK` terms in ascending k to an fp32
+Tiles are the same at every M: nobody has shown that the cube unit's result does not depend on them,
+so they are part of the order. An output adds its tiles of `_BK` terms in ascending k to an fp32
 accumulator, whatever the operands' dtype, and is rounded once. Rows beyond M are loaded as zeros.
 """
 

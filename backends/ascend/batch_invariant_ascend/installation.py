@@ -1,8 +1,8 @@
 """What is installed and can run: torch_npu, CANN, the device and HCCL, looked at without importing.
 
 Importing torch_npu where CANN is missing fails, and through torch's autoload `import torch` fails
-with it, so nothing here imports it: packages are looked up by their metadata, CANN by its files, and
-the device by its node, or by `torch.npu` where somebody has imported torch_npu already.
+with it, so nothing here imports it: packages are looked up by their metadata, CANN by its files,
+and the device by its node, or by `torch.npu` where somebody has imported torch_npu already.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def _hccl() -> Availability | None:
     found = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in wrong)
     return Availability(
         False,
-        f"HCCL has been initialised already, with {found}: it reads them only when it starts, so its "
-        "reductions may depend on timing and sizes",
+        f"HCCL has been initialised already, with {found}: it reads them only when it starts, so "
+        "its reductions may depend on timing and sizes",
         "select the backend or enable the mode before torch.distributed.init_process_group, or "
         f"start Python with {' '.join(f'{n}={v}' for n, v in HCCL.items())}",
     )

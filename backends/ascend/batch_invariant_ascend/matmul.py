@@ -1,4 +1,4 @@
-"""mm, addmm, bmm, baddbmm and linear on Ascend: `product`, and addends in fp32 before the rounding."""
+"""mm, addmm, bmm, baddbmm and linear on Ascend: `product`; addends in fp32 before the rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rms_norm, layer_norm and group_norm on Ascend: `row_sum`, one root, multiplications left to right."""
+"""rms_norm, layer_norm and group_norm on Ascend: `row_sum`, one root, products left to right."""
 
 from __future__ import annotations
 

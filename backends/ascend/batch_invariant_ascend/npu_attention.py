@@ -1,8 +1,8 @@
 """npu_fused_infer_attention_score, `_v2` and `.out`: by tier, prefill and decode in separate calls.
 
 A and B: CANN's or AscendC's kernel, which sequences of one new token (decode) never enter together
-with longer ones: mixed calls were seen to choose another kernel. Otherwise: each sequence on its own,
-composed of products, as `attention.py`.
+with longer ones: mixed calls were seen to choose another kernel. Otherwise: each sequence on its
+own, composed of products, as `attention.py`.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def _composed(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tup
     if unknown:
         raise OpNotSupported(
             f"{_NAME} with {', '.join(unknown)} has no invariant implementation composed of "
-            "others; install the AscendC package batch_invariant_ops or CANN >= 9.2.0 (docs/ascend.md)"
+            "others; install the AscendC package batch_invariant_ops, or CANN >= 9.2.0 "
+            "(docs/ascend.md)"
         )
     mode = kw.get("sparse_mode", 0)
     limits = [kw.get(name, _ALL_TOKENS) for name in ("pre_tokens", "next_tokens")]

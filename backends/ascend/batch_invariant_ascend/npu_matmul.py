@@ -1,4 +1,4 @@
-"""torch_npu's products: npu_linear, npu_bmmV2, npu_grouped_matmul without quantisation, and formats."""
+"""torch_npu's products: npu_linear, npu_bmmV2, unquantised npu_grouped_matmul, and formats."""
 
 from __future__ import annotations
 

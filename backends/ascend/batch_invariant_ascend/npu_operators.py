@@ -1,4 +1,4 @@
-"""Every operator of torch_npu and vllm-ascend while the mode is on: replaced, left alone, or refused.
+"""Every operator of torch_npu and vllm-ascend in the mode: replaced, left alone, or refused.
 
 The namespaces are searched as they are found at run time. What is neither replaced nor known to be
 harmless is refused by core: most are fused products, norms and quantisations, and one of a newer
@@ -17,10 +17,11 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant_ascend import admission, npu_attention, npu_matmul, npu_norm
 
 _COPIES = """
-    _npu_dtype_cast _npu_dtype_cast_backward copy_memory_ empty_with_format empty_with_swapped_memory
-    get_npu_format get_storage_size npu_alloc_float_status npu_broadcast npu_change_data_ptr
-    npu_clear_float_status npu_confusion_transpose npu_confusion_transpose_backward npu_dtype_cast
-    npu_dtype_cast_ npu_dtype_cast_backward npu_gather_pa_kv_cache npu_gather_pa_kv_cache_functional
+    _npu_dtype_cast _npu_dtype_cast_backward copy_memory_ empty_with_format
+    empty_with_swapped_memory get_npu_format get_storage_size npu_alloc_float_status
+    npu_broadcast npu_change_data_ptr npu_clear_float_status npu_confusion_transpose
+    npu_confusion_transpose_backward npu_dtype_cast npu_dtype_cast_ npu_dtype_cast_backward
+    npu_gather_pa_kv_cache npu_gather_pa_kv_cache_functional
     npu_get_float_status npu_indexing npu_masked_fill_range npu_one_hot npu_pad npu_prefetch
     npu_reshape npu_scatter npu_scatter_list npu_scatter_list_ npu_scatter_nd_update
     npu_scatter_nd_update_ npu_scatter_pa_cache npu_scatter_pa_kv_cache
@@ -42,17 +43,18 @@ _COLLECTIVE = (
     "it fuses a product with a collective, whose order of additions belongs to neither; turn the "
     "fusion off in the engine (vllm-ascend: VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE=0)"
 )
-REFUSED = {
-    name: _COLLECTIVE
-    for name in """
-        npu_mm_all_reduce_base npu_mm_reduce_scatter_base npu_all_gather_base_mm
-        npu_quant_mm_reduce_scatter npu_all_gather_quant_mm npu_alltoallv_gmm npu_gmm_alltoallv
-        npu_all_to_all_matmul npu_matmul_all_to_all
-    """.split()
-} | {
-    name: "call npu_fused_infer_attention_score or scaled_dot_product_attention, which are covered"
-    for name in "npu_prompt_flash_attention npu_incre_flash_attention npu_fusion_attention".split()
-}
+_ATTENTION = "call npu_fused_infer_attention_score or scaled_dot_product_attention instead"
+REFUSED = dict.fromkeys(
+    """
+    npu_mm_all_reduce_base npu_mm_reduce_scatter_base npu_all_gather_base_mm
+    npu_quant_mm_reduce_scatter npu_all_gather_quant_mm npu_alltoallv_gmm npu_gmm_alltoallv
+    npu_all_to_all_matmul npu_matmul_all_to_all
+    """.split(),
+    _COLLECTIVE,
+) | dict.fromkeys(
+    "npu_prompt_flash_attention npu_incre_flash_attention npu_fusion_attention".split(),
+    _ATTENTION,
+)
 """Reasons that help more than the general one, by name without overload."""
 
 

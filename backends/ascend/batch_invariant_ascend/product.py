@@ -1,10 +1,10 @@
 """The product of matrices that every operator of `matmul` and attention is made of, by tier.
 
-`product(a, b, dtype)` takes [M, K] and [K, N], or [B, M, K] and [B, K, N], of one dtype, and returns
-the product rounded once to `dtype`, which is that of the operands or float32.
+`product(a, b, dtype)` takes [M, K] and [K, N], or [B, M, K] and [B, K, N], of one dtype, and
+returns the product rounded once to `dtype`, which is that of the operands or float32.
 
-Order over K: D one chain of rounded products, `serial()`; C a chain of fixed tiles, inside which the
-cube unit adds; A and B the vendor's, compared with itself on this device.
+Order over K: D one chain of rounded products, `serial()`; C a chain of fixed tiles, inside which
+the cube unit adds; A and B the vendor's, compared with itself on this device.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Lane i of 1024 adds elements i, i + 1024, ... of a segment of 8192 one after another; the segments'
 lanes are added ascending; lanes are folded by halves. A fold adds two elements, so no compiler can
-choose an order for it. Each program walks rows of its own, one at a time, so a row is computed alike
-wherever it stands and however many there are.
+choose an order for it. Each program walks rows of its own, one at a time, so a row is computed
+alike wherever it stands and however many there are.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
-from batch_invariant.order import Order, undeclared
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
+from batch_invariant.order import Order, undeclared
 from batch_invariant.stock import stock
 from batch_invariant_ascend import admission
 from batch_invariant_ascend.switches import check_level_3

@@ -1,6 +1,7 @@
 """The schemas that the overrides are written for, as the dispatcher of torch_npu 2.13 has them.
 
-The tests on the real wheel compare them with its own; the emulated device defines its fakes by them.
+The tests on the real wheel compare them with its own; the emulated device defines its fakes by
+them.
 """
 
 from __future__ import annotations

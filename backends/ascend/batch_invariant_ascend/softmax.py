@@ -1,7 +1,7 @@
 """softmax, log_softmax and their derivatives on Ascend.
 
-D: exact maximum, composed exp, `row_sum`, one division or logarithm. A and B: the vendor's kernel over
-the last dimension, compared with itself on this device.
+D: exact maximum, composed exp, `row_sum`, one division or logarithm. A and B: the vendor's kernel
+over the last dimension, compared with itself on this device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Kernels for npu tensors that compute on the CPU, for tests of wiring: never an Ascend chip's numerics.
+"""Kernels for npu tensors that compute on the CPU, for tests of wiring: never an Ascend chip's
+numerics.
 
-Every aten overload with a CPU kernel gets one at PrivateUse1, which runs torch's CPU kernel on the same
-memory. Those that add across elements are made batch-VARIANT on purpose, as a vendor's may be: reaching
-one fails a comparison of bits. With deterministic level 3 they are batch-invariant, as CANN says of its
-own.
+Every aten overload with a CPU kernel gets one at PrivateUse1, which runs torch's CPU kernel on the
+same memory. Those that add across elements are made batch-VARIANT on purpose, as a vendor's may be:
+reaching one fails a comparison of bits. With deterministic level 3 they are batch-invariant, as
+CANN says of its own.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ _table: dict[str, Callable[..., Any]] = {}
 class CpuKernels:
     """Runs aten operators on CPU tensors that share the memory of npu tensors.
 
-    on_cpu: an npu tensor as a CPU tensor of the same memory, sizes and strides. on_npu: a CPU tensor
-    as an npu tensor, of the same memory where `shares` says so. level: torch_npu's deterministic
-    level.
+    on_cpu: an npu tensor as a CPU tensor of the same memory, sizes and strides. on_npu: a CPU
+    tensor as an npu tensor, of the same memory where `shares` says so. level: torch_npu's
+    deterministic level.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class CpuKernels:
         return lambda *args, **kwargs: self.run(op, *args, **kwargs)
 
     def run(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """One aten operator; results in place, and views where memory is shared, stay what they are."""
+        """One aten operator; what is written in place, or is a view of shared memory, stays so."""
         name = op._schema.name.removeprefix("aten::") + (
             "" if op._overloadname == "default" else f".{op._overloadname}"
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fakes
 import torch
 
 import batch_invariant as bi
+import fakes
 from batch_invariant_ascend.admission import same_bits
 
 X = torch.randn(9, 260, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -1,15 +1,15 @@
-"""npu_fused_infer_attention_score on the emulated device, composed: layouts, pages, masks, refusals."""
+"""npu_fused_infer_attention_score on the emulated device: layouts, pages, refusals."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import fakes
 import pytest
 import torch
 import torch_npu
 
 import batch_invariant as bi
+import fakes
 from batch_invariant_ascend.admission import same_bits
 
 HEADS, KV_HEADS, SIZE, PAGE = 4, 2, 16, 8

@@ -1,12 +1,12 @@
-"""A vendor that breaks its promise: what varies on the device is passed over, and the user is told."""
+"""A vendor that breaks its promise: what varies here is passed over, and the user is told."""
 
 from __future__ import annotations
 
-import fakes
 import pytest
 import torch
 
 import batch_invariant as bi
+import fakes
 
 X = torch.randn(9, 261, generator=torch.Generator().manual_seed(1))
 

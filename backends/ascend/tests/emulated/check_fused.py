@@ -1,16 +1,16 @@
-"""torch_npu's fused operators on the emulated device: replaced, refused, or left alone; and undone."""
+"""torch_npu's fused operators on the emulated device: replaced, refused, left alone; undone."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import fakes
 import pytest
 import torch
 import torch_npu
 from torch_npu import npu_add_rms_norm as imported_before
 
 import batch_invariant as bi
+import fakes
 from batch_invariant_ascend.admission import same_bits
 
 _generator = torch.Generator().manual_seed(11)
@@ -100,7 +100,7 @@ def test_bad_calls_of_the_norms() -> None:
         torch_npu.npu_rms_norm(X.npu(), torch.ones(7).bfloat16().npu())
     with pytest.raises(bi.OpNotSupported, match="one shape and one dtype"):
         torch_npu.npu_add_rms_norm(X.npu(), R[:3].npu(), G.npu())
-    with pytest.raises(bi.OpNotSupported, match="got torch.float64"):
+    with pytest.raises(bi.OpNotSupported, match=r"got torch\.float64"):
         torch_npu.npu_rms_norm(X.double().npu(), G.double().npu())
 
 

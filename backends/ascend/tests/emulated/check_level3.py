@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fakes
-import npu_kernels
 import pytest
 import torch
 import torch_npu
-from npu_device import npu
 
 import batch_invariant as bi
+import fakes
+import npu_kernels
 from batch_invariant_ascend import npu_attention
 from batch_invariant_ascend.admission import same_bits
+from npu_device import npu
 
 X = torch.randn(9, 260, generator=torch.Generator().manual_seed(1))
 

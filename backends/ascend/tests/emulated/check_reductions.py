@@ -1,19 +1,19 @@
 """torch.sum on the emulated device: the default-dim bug of a peer's patch and what came after it.
 
-The peer replaced torch.sum by a function whose dim was -1 by default. Each test is one call that its
-first version or one of the later ones got wrong (docs/ascend.md); expected bits are those of the CPU
-reference, whose order over a row this tier shares.
+The peer replaced torch.sum by a function whose dim was -1 by default. Each test is one call that
+its first version or one of the later ones got wrong (docs/ascend.md); expected bits are those of
+the CPU reference, whose order over a row this tier shares.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import npu_kernels
 import pytest
 import torch
 
 import batch_invariant as bi
+import npu_kernels
 from batch_invariant_ascend.admission import same_bits
 
 X = torch.randn(6, 5, 33, generator=torch.Generator().manual_seed(3))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-import fakes
 import pytest
 import torch
-from npu_device import npu
 
 import batch_invariant as bi
+import fakes
 from batch_invariant_ascend import installation
 from batch_invariant_ascend.switches import ENVIRONMENT
+from npu_device import npu
 
 X = torch.ones(3, 3)
 

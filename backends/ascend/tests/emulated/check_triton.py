@@ -1,11 +1,11 @@
-"""Tier C on the emulated device: the Triton kernels, by the interpreter. Whole numbers: exact sums."""
+"""Tier C on the emulated device: the Triton kernels in the interpreter, on whole numbers."""
 
 from __future__ import annotations
 
-import npu_kernels
 import torch
 
 import batch_invariant as bi
+import npu_kernels
 from batch_invariant_ascend.admission import same_bits
 
 _generator = torch.Generator().manual_seed(1)

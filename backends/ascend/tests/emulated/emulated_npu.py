@@ -1,21 +1,21 @@
 """The pytest plugin of the tests on the emulated device: `-p emulated_npu --npu=SCENE`.
 
-plain: CANN before 9.2, nothing else. level3: CANN 9.2. ascendc: the AscendC package. broken: an AscendC
-package whose products depend on the batch, and kernels of silu and exp that depend on the place. triton: triton-ascend, which is upstream's interpreter under its name. Each is a
-process of its own.
+plain: CANN before 9.2, nothing else. level3: CANN 9.2. ascendc: the AscendC package. broken: an
+AscendC package whose products depend on the batch, and kernels of silu and exp that depend on the
+place. triton: triton-ascend, which is upstream's interpreter under its name. Each is a process of
+its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import fakes
-import npu_device
-import npu_kernels
 import pytest
 
 import batch_invariant as bi
-
+import fakes
+import npu_device
+import npu_kernels
 
 SCENES = ("plain", "level3", "ascendc", "broken", "triton")
 

@@ -1,8 +1,8 @@
 """Fakes of torch_npu 2.13 and of the AscendC package: exact schemas, no numerics of any chip.
 
 The fused kernels add something that depends on the size of the batch, so a program that reaches one
-fails a comparison of bits. Those of AscendC are batch-invariant, as its makers say of theirs, unless
-`broken` names them.
+fails a comparison of bits. Those of AscendC are batch-invariant, as its makers say of theirs,
+unless `broken` names them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import types
 from typing import Any
 
 import torch
-from npu_device import npu, on_cpu, on_npu
-from npu_kernels import KEY, libraries
 
 from batch_invariant_ascend.schemas import SCHEMAS
+from npu_device import npu, on_cpu, on_npu
+from npu_kernels import KEY, libraries
 
 Tensor = torch.Tensor
 called: list[str] = []

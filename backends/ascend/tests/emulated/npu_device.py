@@ -1,10 +1,11 @@
 """An emulated `npu` device on CPU torch: wiring only, never the numerics of an Ascend chip.
 
-PrivateUse1 is renamed to npu and given Python hooks. A tensor is real CPU memory whose DLPack capsule
-says another device, so sizes, strides, views and writes are true. Kernels are those of npu_kernels.py.
+PrivateUse1 is renamed to npu and given Python hooks. A tensor is real CPU memory whose DLPack
+capsule says another device, so sizes, strides, views and writes are true. Kernels are those of
+npu_kernels.py.
 
-Once per process, since the rename is. Not there: streams, formats, Inductor, deepcopy and torch.save
-of npu tensors, and kernels of its own for matmul, softmax.int and their derivatives.
+Once per process, since the rename is. Not there: streams, formats, Inductor, deepcopy and
+torch.save of npu tensors, and kernels of its own for matmul, softmax.int and their derivatives.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import types
 from typing import Any
 
 import torch
-from npu_kernels import KEY, CpuKernels, libraries
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from npu_kernels import KEY, CpuKernels, libraries
 
 _CPU, _EXTENSION = 1, 12
 

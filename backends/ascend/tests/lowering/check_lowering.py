@@ -1,4 +1,5 @@
-"""What triton-ascend makes of the kernels: one loop over K, fp32 in it, and no sum left to a compiler.
+"""What triton-ascend makes of the kernels: one loop over K, fp32 in it, and no sum left to a
+compiler.
 
 Run by job.py. Each check has a control: a kernel that breaks the rule must be found.
 """
@@ -52,7 +53,7 @@ def lowered(fn: Any, signature: dict[str, str], constants: dict[str, Any]) -> st
 
 
 def product_problem(text: str, bound: str) -> str | None:
-    """None if there is one loop, over K in steps of _BK, with one product into an fp32 accumulator."""
+    """None if there is one loop, over K, with one product into an fp32 accumulator."""
     loops = re.findall(r"scf\.for %\w+ = %\w+ to (%\w+) step (%\w+) iter_args.*-> \((.*?)\)", text)
     if len(loops) != 1:
         return f"{len(loops)} loops instead of one over K"
@@ -69,7 +70,7 @@ def product_problem(text: str, bound: str) -> str | None:
 
 
 def sum_problem(text: str) -> str | None:
-    """None if no sum of more than two terms is one operation, whose order nobody has written down."""
+    """None if no operation adds more than two terms, in an order that nobody has written down."""
     for found in re.finditer(
         r"linalg\.reduce ins\(.*?: tensor<(\d+)x.*?dimensions = \[(\d)\]", text
     ):

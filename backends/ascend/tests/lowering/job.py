@@ -1,8 +1,9 @@
-"""Lowers every Triton kernel with triton-ascend, without CANN, and looks at the loops: python job.py
+"""Lowers every Triton kernel with triton-ascend, without CANN, and looks at the loops: python
+job.py
 
-triton-ascend installs itself as `triton`, over upstream's, so it goes into a temporary folder that only
-the child sees. `npubin`, the last stage, needs CANN; the two before it, TTIR and linalg MLIR, do not.
-CPython 3.11 on x86_64, as the wheel. Where it cannot be had the job says so and fails.
+triton-ascend installs itself as `triton`, over upstream's, so it goes into a temporary folder that
+only the child sees. `npubin`, the last stage, needs CANN; the two before it, TTIR and linalg MLIR,
+do not. CPython 3.11 on x86_64, as the wheel. Where it cannot be had the job says so and fails.
 """
 
 from __future__ import annotations

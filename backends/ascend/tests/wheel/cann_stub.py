@@ -1,9 +1,9 @@
 """Stub libraries that let the real torch_npu be imported where CANN is not installed.
 
-The C symbols that the wheel needs and nobody provides are read with nm. Each gets a function, and the
-libraries that the wheel links against are made of all of them. Device memory is host memory, copies
-are memcpy; every other function returns 0. Nothing computes: an operator of torch_npu that would
-launch a kernel returns garbage or raises.
+The C symbols that the wheel needs and nobody provides are read with nm. Each gets a function, and
+the libraries that the wheel links against are made of all of them. Device memory is host memory,
+copies are memcpy; every other function returns 0. Nothing computes: an operator of torch_npu that
+would launch a kernel returns garbage or raises.
 
 For one wheel and one machine: CPython, Linux, gcc and nm. torch must be importable.
 """

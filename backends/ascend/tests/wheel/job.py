@@ -1,8 +1,8 @@
 """Tests against the real torch_npu wheel, with CANN stubbed: python job.py [--wheel FOLDER]
 
-Installs the wheel into a temporary folder, beside whatever torch this Python has, so that nothing else
-sees it: installed for good, it would break `import torch` here. Needs gcc and nm. Where the wheel or
-the compiler cannot be had it says so and fails; it never skips.
+Installs the wheel into a temporary folder, beside whatever torch this Python has, so that nothing
+else sees it: installed for good, it would break `import torch` here. Needs gcc and nm. Where the
+wheel or the compiler cannot be had it says so and fails; it never skips.
 """
 
 from __future__ import annotations

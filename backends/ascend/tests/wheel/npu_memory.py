@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+
 from npu_kernels import KEY, CpuKernels, libraries
 
 Tensor = torch.Tensor
