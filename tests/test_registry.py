@@ -26,7 +26,7 @@ def test_an_installed_plugin_is_found_and_loaded(install: Install) -> None:
 
 
 def test_an_unknown_name_lists_what_is_installed() -> None:
-    with pytest.raises(bi.UnknownBackend, match=r"unknown backend 'asend'; installed: cpu"):
+    with pytest.raises(bi.UnknownBackend, match=r"unknown backend 'asend'; installed: "):
         bi.use_backend("asend")
 
 

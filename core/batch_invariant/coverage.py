@@ -225,16 +225,17 @@ def harmless(name: str, here: Here = _NOTHING) -> str | None:
 def registered(key: str) -> list[str]:
     """Every aten overload with a kernel registered under a dispatch key."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    return sorted(name for name in names if name.startswith("aten::") and name in _defined())
+    return sorted(n for n in names if n.startswith("aten::") and _has_schema(n))
 
 
-@functools.cache
-def _defined() -> frozenset[str]:
-    """Every operator with a schema: a vendor may register kernels for names that have none."""
-    return frozenset(
-        f"{s.name}.{s.overload_name}" if s.overload_name else s.name
-        for s in torch._C._jit_get_all_schemas()
-    )
+def _has_schema(name: str) -> bool:
+    """Whether an operator is defined: a vendor may register kernels for names that are not."""
+    base, _, overload = name.partition(".")
+    try:
+        torch._C._dispatch_find_schema_or_throw(base, overload)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

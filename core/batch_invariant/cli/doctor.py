@@ -162,8 +162,8 @@ def _kernels(backend: Any) -> dict[str, Any]:
                 "guarantee": str(kernel.guarantee),
                 "order": str(kernel.order_of(dtype)),
                 "portable": dtype in kernel.portable,
-                "source": kernel.source,
-                "better": list(kernel.better),
+                **({"source": kernel.source} if kernel.source else {}),
+                **({"better": list(kernel.better)} if kernel.better else {}),
             }
             for dtype in CONTRACTS[op].dtypes
             if dtype in kernel.dtypes
@@ -203,7 +203,9 @@ def _backend_lines(backend: dict[str, Any], threads: int | None) -> list[Line]:
         mark = ", portable" if portable else ""
         lines.append(f"        {guarantee}{mark}: {order}" + (f" ({source})" if source else ""))
         lines.append(f"            {', '.join(names)}")
-    better = {b: None for op in ops.values() for entry in op.values() for b in entry["better"]}
+    better = {
+        b: None for op in ops.values() for entry in op.values() for b in entry.get("better", ())
+    }
     return [*lines, *(f"        better: {text}" for text in better)]
 
 
@@ -213,7 +215,7 @@ def _by_order(ops: dict[str, Any]) -> dict[tuple[str, str, bool, str], list[str]
     for op, dtypes in ops.items():
         kinds: dict[tuple[str, str, bool, str], list[str]] = {}
         for dtype, entry in dtypes.items():
-            key = (entry["guarantee"], entry["order"], entry["portable"], entry["source"])
+            key = (entry["guarantee"], entry["order"], entry["portable"], entry.get("source", ""))
             kinds.setdefault(key, []).append(dtype)
         for key, names in kinds.items():
             suffix = "" if len(kinds) == 1 else f" ({', '.join(names)})"
