@@ -44,7 +44,7 @@ def choice() -> Choice:
         (
             Candidate(Tier.A, _native, _varies),
             Candidate(Tier.B, _ascendc, _varies),
-            Candidate(Tier.C, _triton),
+            Candidate(Tier.C, _triton, _varies),
             Candidate(Tier.D, lambda: lane_sum),
         ),
     )

@@ -1,7 +1,7 @@
 """softmax, log_softmax and their derivatives on Ascend.
 
-D: exact maximum, composed exp, `row_sum`, one division or logarithm. A and B: the vendor's kernel
-over the last dimension, compared with itself on this device.
+D: exact maximum, composed exp, `row_sum`, one division or logarithm. C: the same in one kernel, for
+softmax. A and B: the vendor's kernel over the last dimension, compared with itself on this device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from batch_invariant.backend import Kernel
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.dims import from_rows_along, rows_along
+from batch_invariant.ops.row_order import ROW_ORDER
 from batch_invariant.ops.softmax import check_softmax, check_softmax_backward
-from batch_invariant.order import undeclared
+from batch_invariant.order import Order, undeclared
 from batch_invariant.stock import stock
 from batch_invariant_ascend import admission
 from batch_invariant_ascend import row_sum as sums
@@ -24,7 +25,16 @@ from batch_invariant_ascend.dtypes import DTYPES, check_dtype
 from batch_invariant_ascend.explog import exp, log
 from batch_invariant_ascend.row_sum import row_sum
 from batch_invariant_ascend.switches import check_level_3
-from batch_invariant_ascend.tiers import Candidate, Choice, Tier, ascendc, choose, need_level_3
+from batch_invariant_ascend.tiers import (
+    Candidate,
+    Choice,
+    Missing,
+    Tier,
+    ascendc,
+    choose,
+    need_level_3,
+    need_triton,
+)
 
 _ASCENDC = {
     "softmax": "npu_softmax_batch_invariant",
@@ -40,6 +50,7 @@ def choice(name: str) -> Choice:
         (
             Candidate(Tier.A, lambda: _native(name), _varies),
             Candidate(Tier.B, lambda: _ascendc(name), _varies),
+            Candidate(Tier.C, lambda: _triton(name), _varies),
             Candidate(sums.choice().tier, lambda: _composed(name)),
         ),
     )
@@ -62,12 +73,16 @@ def _ascendc(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: fn(x, 1)
 
 
+def _triton(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name != "softmax":
+        raise Missing("has no log_softmax: it is composed on the tier of sums")
+    need_triton()
+    from batch_invariant_ascend.row_kernels import softmax
+
+    return softmax
+
+
 def _composed(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    if name == "softmax" and sums.choice().tier is Tier.C:
-        from batch_invariant_ascend.row_kernels import softmax
-
-        return softmax
-
     def rows(x: torch.Tensor) -> torch.Tensor:
         shifted = x - x.amax(1, keepdim=True)
         e = exp(shifted)
@@ -114,17 +129,23 @@ def _backward(name: str) -> Callable[..., torch.Tensor]:
     return backward
 
 
+def _order(chosen: Choice) -> Order:
+    if chosen.tier in (Tier.C, Tier.D):
+        return ROW_ORDER
+    # Composed on a vendor's sum, or the vendor's as a whole.
+    return sums.order() if chosen.tier is sums.choice().tier else undeclared("the vendor's own")
+
+
 def kernels() -> dict[str, Kernel]:
     """By operator name."""
     found = {}
     for name in _ASCENDC:
         chosen = choice(name)
-        composed = chosen.tier is sums.choice().tier
         found[name] = Kernel(
             fn=_forward(name),
             guarantee=Guarantee.BATCH if chosen.tier in (Tier.A, Tier.B) else Guarantee.SCHEDULE,
             dtypes=DTYPES,
-            order=sums.order() if composed else undeclared(f"the vendor's: {chosen.tier.name}"),
+            order=_order(chosen),
             **chosen.shown,
         )
         found[f"{name}_backward"] = Kernel(

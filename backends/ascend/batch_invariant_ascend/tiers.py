@@ -29,8 +29,8 @@ class Candidate:
     """One implementation of a part.
 
     load: the callable; raises `Missing` with what would have to be installed.
-    passes: why it is not batch-invariant on this device, or None; asked only of kernels that others
-        wrote, whose order of additions nobody here knows.
+    passes: why it is not batch-invariant on this device, or None. Not asked of compositions, whose
+        order of additions is written down; a kernel that fails while it is asked is passed over.
     """
 
     tier: Tier
@@ -63,10 +63,16 @@ def choose(part: str, candidates: Sequence[Candidate]) -> Choice:
         letter = candidate.tier.name
         try:
             fn = candidate.load()
+            found = candidate.passes(fn) if candidate.passes else None
         except Missing as why:
             reasons.append(f"{letter} {why}")
             continue
-        found = candidate.passes(fn) if candidate.passes else None
+        except Exception as error:  # a kernel that does not compile, or refuses what it is given
+            first = (str(error).splitlines() or [""])[0]
+            reasons.append(
+                f"{letter} fails on this device: {part}, {type(error).__name__}: {first}"
+            )
+            continue
         if found is None:
             return Choice(candidate.tier, fn, tuple(reasons))
         reasons.append(f"{letter} is not batch-invariant on this device: {part}, {found}")
