@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from batch_invariant import coverage, env, inductor, selector, vendor
+from batch_invariant import coverage, env, inductor, registry, selector, vendor
 from batch_invariant.errors import (
     BatchInvariantError,
     ConfigurationError,
@@ -95,6 +95,8 @@ def enable_from_environment() -> None:
     try:
         if not env.mode_requested():
             return
+        # A device that comes after the mode would run its own kernels, and nobody would know.
+        registry.import_devices()
         enable()
     except BatchInvariantError as error:
         sys.stderr.write(f"batch_invariant: {error}\n")
@@ -197,7 +199,7 @@ def _override(
         if f"{of}::{name.split('.')[0]}" in allow:
             return
         # A vendor's own operators may be written in Python: that is no second override.
-        if of == "aten" and f"aten/{name}/{at}" in torch.library._impls:
+        if of == "aten" and any(f"aten/{name}/{key}" in torch.library._impls for key in _names(at)):
             raise OverrideClash(
                 f"aten::{name} is already overridden at {at} by another library, which would "
                 "decide the bits; import batch_invariant without it, or turn its mode off first"
@@ -233,6 +235,12 @@ def _override(
             library._destroy()
         raise
     return list(libraries.values())
+
+
+def _names(key: str) -> tuple[str, ...]:
+    """A dispatch key as it may be spelled: an out-of-tree device has a name of its own."""
+    own: str = torch._C._get_privateuse1_backend_name().upper()
+    return (key, key.replace("PrivateUse1", own))
 
 
 Overrides = dict[str, Callable[..., Any]]

@@ -86,6 +86,21 @@ def test_hccl_that_starts_under_us_may_stay(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(installation, "_started_invariant", False)
 
 
+@pytest.mark.parametrize("key", ["NPU", "PrivateUse1"])
+def test_an_override_of_somebody_else_is_an_error(key: str) -> None:
+    """As vllm-ascend's mode makes them, by the device's own name."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm", lambda a, b: a, key, allow_override=True)
+    try:
+        with pytest.raises(bi.OverrideClash, match="aten::mm is already overridden"):
+            bi.enable()
+        assert not bi.is_enabled()
+    finally:
+        library._destroy()
+    with bi.enabled():
+        X.npu().sum()
+
+
 def test_310p_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(npu, "name", "Ascend310P3")
     with pytest.raises(bi.BackendUnavailable, match=r"Ascend310P3.*no bfloat16.*Atlas A2"):

@@ -45,7 +45,7 @@ def main() -> int:
         import cann_stub
 
         print(f"{cann_stub.build(stubs)} functions of CANN stubbed")
-        status = _without_cann(site) or _pytest(site, stubs)
+        status = _without_cann(site) or _by_environment(site, stubs) or _pytest(site, stubs)
     print(f"torch_npu {WHEEL}: {time.monotonic() - started:.0f} s")
     return status
 
@@ -82,6 +82,38 @@ def _without_cann(site: Path) -> int:
         print(f"bi doctor without CANN does not say {missing}:\n{done.stdout}\n{done.stderr}")
         return 1
     return 0
+
+
+def _by_environment(site: Path, stubs: Path) -> int:
+    """VLLM_BATCH_INVARIANT=1 and plain `import torch`, which here comes to us before torch_npu."""
+    info = stubs / "first-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: first\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nfirst = batch_invariant:_autoload\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-c"),
+            "import sys, torch; assert 'torch_npu' in sys.modules\n"
+            "for name in ('aten::mm', 'npu::npu_add_rms_norm'):\n"
+            "    dump = torch._C._dispatch_dump(name).splitlines()\n"
+            "    (kernel,) = (x for x in dump if x.startswith('PrivateUse1:'))\n"
+            "    assert 'batch_invariant/mode.py' in kernel, kernel",
+        ],
+        env=_environment(
+            site,
+            LD_LIBRARY_PATH=str(stubs),
+            TASK_QUEUE_ENABLE="0",
+            TORCH_DEVICE_BACKEND_AUTOLOAD="1",
+            VLLM_BATCH_INVARIANT="1",
+            PYTHONPATH=os.pathsep.join((str(stubs), _environment(site)["PYTHONPATH"])),
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        print(f"VLLM_BATCH_INVARIANT=1 did not reach torch_npu:\n{done.stderr[-3000:]}")
+    return done.returncode
 
 
 def _pytest(site: Path, stubs: Path) -> int:
