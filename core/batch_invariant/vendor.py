@@ -37,9 +37,13 @@ def overrides(
 
 
 def _namespaces(device_type: str) -> frozenset[str]:
-    """Of the chosen backend; of all installed ones for the device where none can run."""
+    """Of every installed backend for the device, also of those that cannot run."""
     found: set[str] = set()
-    for name in registry.installed():
+    try:
+        names = list(registry.installed())
+    except BatchInvariantError:  # two packages of one name: every operator says so when called
+        return frozenset()
+    for name in names:
         try:
             backend = registry.load(name)
         except Exception:  # a plugin for another device may be broken; the selector reports it
