@@ -84,9 +84,11 @@ _KERNELS = {name: name for name in "exp log rsqrt sin cos tanh erf sigmoid silu 
 _COMPOSED = {"exp": explog.exp, "log": explog.log}
 
 
-def _own(overload: str) -> Callable[..., Any]:
-    def fn(*args: Any, **kwargs: Any) -> Any:
-        return stock(overload, "PrivateUse1")(*args, **kwargs)
+def _own(name: str, overload: str) -> Callable[..., Any]:
+    def fn(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_floating_point() or self.is_complex():
+            check_dtype(name, self)  # others were not compared
+        return stock(overload, "PrivateUse1")(self, *args, **kwargs)
 
     return fn
 
@@ -107,7 +109,7 @@ def kernels() -> dict[str, Kernel]:
         if reason is not None and name not in _COMPOSED:
             continue
         found[name] = Kernel(
-            fn=_own(overload) if reason is None else _composed(name),
+            fn=_own(name, overload) if reason is None else _composed(name),
             guarantee=Guarantee.BATCH,
             dtypes=DTYPES,
             order=undeclared("nothing is added across elements"),
