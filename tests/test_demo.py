@@ -675,7 +675,7 @@ def test_an_unknown_backend_is_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     assert run_toy(toy_model, tmp_path, "--backend", "absent") == 2
-    assert "unknown backend 'absent'; installed: cpu" in capsys.readouterr().err
+    assert "unknown backend 'absent'; installed: " in capsys.readouterr().err
 
 
 def test_with_the_mode_on_already_stock_torch_cannot_be_measured(

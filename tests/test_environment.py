@@ -55,7 +55,7 @@ def test_torch_still_imports_with_an_unknown_value() -> None:
 def test_a_named_backend_that_does_not_exist_fails_closed() -> None:
     done = _run(VLLM_BATCH_INVARIANT="1", BATCH_INVARIANT_BACKEND="asend")
     assert done.returncode == 1
-    assert "UnknownBackend: unknown backend 'asend'; installed: cpu" in done.stderr
+    assert "UnknownBackend: unknown backend 'asend'; installed: " in done.stderr
 
 
 def test_a_named_backend_is_selected() -> None:

@@ -37,6 +37,9 @@ class Kernel:
     portable: dtypes with the same bits as the CPU reference on any device with IEEE fp32 FMA.
     supports: takes what `fn` takes; None, or the reason why `fn` will refuse this very call. It
         narrows `dtypes` where shapes or options matter; `fn` raises for what it refuses.
+    source: where the kernel comes from, if the backend chooses among several.
+    better: why each better source was not taken, such as what would have to be installed. Both are
+        shown by `bi doctor`.
     """
 
     fn: Callable[..., Any]
@@ -45,6 +48,8 @@ class Kernel:
     order: Order | Mapping[torch.dtype, Order]
     portable: frozenset[torch.dtype] = frozenset()
     supports: Callable[..., str | None] | None = None
+    source: str = ""
+    better: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.order, (Order, Mapping)):
@@ -117,6 +122,8 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     device_type: ClassVar[str]
     api_version: ClassVar[int]
+    vendor_namespaces: ClassVar[tuple[str, ...]] = ()
+    """Namespaces of the vendor's own operators, which the mode guards as it guards aten's."""
 
     @abc.abstractmethod
     def probe(self) -> Availability:
@@ -139,6 +146,14 @@ class Backend(abc.ABC):
 
         Beside those that core calls harmless everywhere; None takes one of those back. A name
         stands for all its overloads, or for one (`add.Tensor`).
+        """
+        return {}
+
+    def vendor_overrides(self) -> Mapping[str, Callable[..., Any] | None]:
+        """Operators of `vendor_namespaces` that the mode replaces, by qualified name.
+
+        None where an operator's own kernel keeps the promise. Those that are not named are refused
+        while the mode is on.
         """
         return {}
 

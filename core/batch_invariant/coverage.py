@@ -225,7 +225,17 @@ def harmless(name: str, here: Here = _NOTHING) -> str | None:
 def registered(key: str) -> list[str]:
     """Every aten overload with a kernel registered under a dispatch key."""
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-    return sorted(name for name in names if name.startswith("aten::"))
+    return sorted(n for n in names if n.startswith("aten::") and _has_schema(n))
+
+
+def _has_schema(name: str) -> bool:
+    """Whether an operator is defined: a vendor may register kernels for names that are not."""
+    base, _, overload = name.partition(".")
+    try:
+        torch._C._dispatch_find_schema_or_throw(base, overload)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache
@@ -296,6 +306,10 @@ def refused_overloads(
 OTHER_LAYOUTS = {
     "cpu": ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "NestedTensorCPU"),
     "cuda": ("SparseCUDA", "SparseCsrCUDA", "QuantizedCUDA", "NestedTensorCUDA"),
+    "npu": (
+        *("SparsePrivateUse1", "SparseCsrPrivateUse1"),
+        *("QuantizedPrivateUse1", "NestedTensorPrivateUse1"),
+    ),
 }
 """Keys of a device's tensors that are not plain ones: their kernels are torch's own."""
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from batch_invariant import coverage, env, inductor, registry, selector
+from batch_invariant import coverage, env, inductor, registry, selector, vendor
 from batch_invariant.errors import (
     BatchInvariantError,
     ConfigurationError,
@@ -40,8 +40,8 @@ _fault: BatchInvariantError | None = None
 def enable(*, allow: Iterable[str] = ()) -> None:
     """Turns the mode on for the whole process; does nothing if it is on already.
 
-    allow: names of aten operators, such as "fft_fft", that may run torch's own kernels although
-    no invariant one exists.
+    allow: names of aten operators, such as "fft_fft", or of a vendor's, such as "npu::npu_ffn",
+    that may run their own kernels although no invariant one exists.
     """
     global _explicit
     wanted = _checked(allow)
@@ -55,7 +55,7 @@ def disable() -> None:
     global _explicit
     with _lock:
         _explicit = False
-        _uninstall()
+        _turn_off()
 
 
 def is_enabled() -> bool:
@@ -85,7 +85,7 @@ def enabled(*, allow: Iterable[str] = ()) -> Iterator[None]:
             if found or _contexts:
                 _ensure(found_allow)
             else:
-                _uninstall()
+                _turn_off()
 
 
 def enable_from_environment() -> None:
@@ -97,6 +97,8 @@ def enable_from_environment() -> None:
     try:
         if not env.mode_requested():
             return
+        # A device that comes after the mode would run its own kernels, and nobody would know.
+        registry.import_devices()
         enable()
     except BatchInvariantError as error:
         sys.stderr.write(f"batch_invariant: {error}\n")
@@ -113,9 +115,15 @@ def _checked(allow: Iterable[str]) -> frozenset[str]:
     if isinstance(allow, str):
         raise ConfigurationError(f"allow={allow!r}: expected a list of operator names")
     wanted = frozenset(name.removeprefix("aten::") for name in allow)
-    if unknown := sorted(name for name in wanted if not hasattr(torch.ops.aten, name)):
-        raise ConfigurationError(f"allow: no aten operator is named {', '.join(unknown)}")
+    if unknown := sorted(name for name in wanted if not _is_operator(name)):
+        raise ConfigurationError(f"allow: no operator is named {', '.join(unknown)}")
     return wanted
+
+
+def _is_operator(name: str) -> bool:
+    """Whether torch knows an aten operator, or a `namespace::operator`."""
+    namespace, _, operator = name.rpartition("::")
+    return hasattr(getattr(torch.ops, namespace or "aten"), operator)
 
 
 def device_types() -> list[str]:
@@ -128,11 +136,13 @@ def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
     """Replaces whatever is installed; on an error everything is as torch made it."""
     global _allow, _fault
     _uninstall()
+    for device_type in device_types():
+        _missing_backend(device_type)  # chooses kernels while nothing is overridden or refused
     try:
         devices: dict[str, inductor.Device] = {}
         for device_type in device_types():
-            library, devices[device_type] = _override(device_type, allow, fault)
-            _installed.append(library)
+            libraries, devices[device_type] = _override(device_type, allow, fault)
+            _installed.extend(libraries)
         _allow, _fault = allow, fault
         inductor.hold(inductor.Rules(devices, allow))
     except BaseException:
@@ -146,6 +156,13 @@ def _uninstall() -> None:
     while _installed:
         _installed.pop()._destroy()
     _allow, _fault = frozenset(), None
+
+
+def _turn_off() -> None:
+    """Undoes overrides and vendor switches alike."""
+    if _installed:
+        _uninstall()
+        selector.release()
 
 
 def _reinstall() -> None:
@@ -163,21 +180,30 @@ for _function in (_install, _uninstall):
 
 def _override(
     device_type: str, allow: frozenset[str], fault: BatchInvariantError | None
-) -> tuple[torch.library.Library, inductor.Device]:
+) -> tuple[list[torch.library.Library], inductor.Device]:
     key = dispatch_key(device_type)
     (plain, with_keyset, composite), device = _plan(device_type, fault)
     fault, refused = device.fault, device.refused
-    library = torch.library.Library("aten", "IMPL")
+    special = vendor.overrides(device_type, key, fault)
+    libraries = {
+        namespace: torch.library.Library(namespace, "IMPL")
+        for namespace in ("aten", *sorted({name.split("::")[0] for name in special}))
+    }
 
-    def impl(name: str, fn: Callable[..., Any], at: str, keyset: bool = False) -> None:
-        if name.split(".")[0] in allow or coverage.base_of(name) in allow:
+    def impl(
+        name: str, fn: Callable[..., Any], at: str, keyset: bool = False, of: str = "aten"
+    ) -> None:
+        if of == "aten" and (name.split(".")[0] in allow or coverage.base_of(name) in allow):
             return
-        if f"aten/{name}/{at}" in torch.library._impls:
+        if f"{of}::{name.split('.')[0]}" in allow:
+            return
+        # A vendor's own operators may be written in Python: that is no second override.
+        if of == "aten" and any(f"aten/{name}/{key}" in torch.library._impls for key in _names(at)):
             raise OverrideClash(
                 f"aten::{name} is already overridden at {at} by another library, which would "
                 "decide the bits; import batch_invariant without it, or turn its mode off first"
             )
-        library.impl(name, fn, at, with_keyset=keyset)
+        libraries[of].impl(name, fn, at, with_keyset=keyset, allow_override=of != "aten")
 
     capture((*plain, *with_keyset, *refused), key)
     layouts = {
@@ -200,10 +226,14 @@ def _override(
                 for name, reason in names.items():
                     short = name.removeprefix("aten::")
                     impl(short, _refuse(short, reason, layout, fault), layout)
+            for qualified, fn in special.items():
+                namespace, _, name = qualified.partition("::")
+                impl(name, fn, key, of=namespace)
     except BaseException:
-        library._destroy()
+        for library in libraries.values():
+            library._destroy()
         raise
-    return library, device
+    return list(libraries.values()), device
 
 
 def plan(device_type: str) -> inductor.Device:
@@ -250,6 +280,12 @@ def _code(device_type: str) -> str:
 def _identity(device_type: str) -> str:
     name = selector.current_backend(device_type).name
     return f"{name} of {registry.distribution(name)}"
+
+
+def _names(key: str) -> tuple[str, ...]:
+    """A dispatch key as it may be spelled: an out-of-tree device has a name of its own."""
+    own: str = torch._C._get_privateuse1_backend_name().upper()
+    return (key, key.replace("PrivateUse1", own))
 
 
 Overrides = dict[str, Callable[..., Any]]

@@ -6,6 +6,7 @@ is at fault, since the reader of the error may have written neither side.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from importlib.metadata import EntryPoint, entry_points
@@ -15,6 +16,8 @@ from batch_invariant.backend import API_VERSION, Backend
 from batch_invariant.errors import BatchInvariantError, InvalidBackend, UnknownBackend
 
 GROUP = "batch_invariant.backends"
+DEVICES = "torch.backends"
+"""Packages that torch imports last of all, since they bring devices; this one is among them."""
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -29,6 +32,17 @@ def installed() -> dict[str, EntryPoint]:
                 "uninstall one of them"
             )
     return found
+
+
+def import_devices() -> None:
+    """Imports the packages of out-of-tree devices, which torch may import only after this one.
+
+    One that fails is left to torch, which names it when its turn comes.
+    """
+    for entry in entry_points(group=DEVICES):
+        if not entry.value.startswith("batch_invariant:"):
+            with contextlib.suppress(Exception):
+                entry.load()
 
 
 @functools.cache
@@ -108,6 +122,7 @@ def _check(cls: object, name: str, distribution: str) -> None:
         "kernels",
         "aten_overrides",
         "aten_harmless",
+        "vendor_overrides",
         "gaps",
         "activate",
         "deactivate",

@@ -82,6 +82,12 @@ def use_backend(name: str | None) -> _Selection:
         return _Selection(before)
 
 
+def release() -> None:
+    """Deactivates every backend: its vendor switches are as they were until it is needed again."""
+    with _lock:
+        _clear()
+
+
 def on_change(listener: Callable[[], None]) -> None:
     """Calls `listener` after every change of the selection."""
     _listeners.append(listener)

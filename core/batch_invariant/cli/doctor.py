@@ -48,7 +48,10 @@ def diagnose() -> dict[str, Any]:
     }
     if report["torch"]["error"]:
         report["next"].append(report["torch"]["remedy"])
-        return report
+        if "TORCH_DEVICE_BACKEND_AUTOLOAD=0" not in report["torch"]["remedy"]:
+            return report
+        # Without the plugin that breaks it, torch loads here and the backends say what is wrong.
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     try:
         _backends(report)
     except Exception as error:  # a diagnosis reports every failure, it does not have them
@@ -146,7 +149,7 @@ def _backends(report: dict[str, Any]) -> None:
             entry["missing"] = sorted(set(CONTRACTS) - set(entry["ops"]))
         report["backends"].append(entry)
     report["selected"] = {device: name for name, device in chosen.items()}
-    report["ready"] = not problems
+    report["ready"] = not problems and not report["torch"]["error"]
     report["next"] += [f"{device}: {problem}" for device, problem in problems.items()]
 
 
@@ -159,6 +162,8 @@ def _kernels(backend: Any) -> dict[str, Any]:
                 "guarantee": str(kernel.guarantee),
                 "order": str(kernel.order_of(dtype)),
                 "portable": dtype in kernel.portable,
+                **({"source": kernel.source} if kernel.source else {}),
+                **({"better": list(kernel.better)} if kernel.better else {}),
             }
             for dtype in CONTRACTS[op].dtypes
             if dtype in kernel.dtypes
@@ -194,20 +199,23 @@ def _backend_lines(backend: dict[str, Any], threads: int | None) -> list[Line]:
     total = len(ops) + len(backend["missing"])
     star = f"  * selected for {backend['selected_for']}" if backend["selected_for"] else ""
     lines = [f"  ok  {backend['name']:8} {len(ops)}/{total} ops, {threads} threads{star}"]
-    for (guarantee, order, portable), names in _by_order(ops).items():
+    for (guarantee, order, portable, source), names in _by_order(ops).items():
         mark = ", portable" if portable else ""
-        lines.append(f"        {guarantee}{mark}: {order}")
+        lines.append(f"        {guarantee}{mark}: {order}" + (f" ({source})" if source else ""))
         lines.append(f"            {', '.join(names)}")
-    return lines
+    better = {
+        b: None for op in ops.values() for entry in op.values() for b in entry.get("better", ())
+    }
+    return [*lines, *(f"        better: {text}" for text in better)]
 
 
-def _by_order(ops: dict[str, Any]) -> dict[tuple[str, str, bool], list[str]]:
+def _by_order(ops: dict[str, Any]) -> dict[tuple[str, str, bool, str], list[str]]:
     """Operators that add in the same way, under that order; a dtype is named where it matters."""
-    found: dict[tuple[str, str, bool], list[str]] = {}
+    found: dict[tuple[str, str, bool, str], list[str]] = {}
     for op, dtypes in ops.items():
-        kinds: dict[tuple[str, str, bool], list[str]] = {}
+        kinds: dict[tuple[str, str, bool, str], list[str]] = {}
         for dtype, entry in dtypes.items():
-            key = (entry["guarantee"], entry["order"], entry["portable"])
+            key = (entry["guarantee"], entry["order"], entry["portable"], entry.get("source", ""))
             kinds.setdefault(key, []).append(dtype)
         for key, names in kinds.items():
             suffix = "" if len(kinds) == 1 else f" ({', '.join(names)})"
