@@ -19,7 +19,9 @@ from batch_invariant_tpu.jax.rows import RowProgram, Statistic, rounded, run
 
 
 @functools.cache
-def _rms_program(n: int, eps: float, weight: bool, residual: bool, stats: bool) -> RowProgram:
+def _rms_program(
+    size: int, eps: float, weight: bool, residual: bool, stats: bool
+) -> RowProgram:
     def total(tiles: Any) -> jax.Array:
         return tiles[0] + tiles[1] if residual else tiles[0]
 
@@ -33,7 +35,7 @@ def _rms_program(n: int, eps: float, weight: bool, residual: bool, stats: bool) 
         out = out * shared[0] if weight else out
         return [out, s] if residual else [out]
 
-    rstd = Statistic(square, lambda sums: 1.0 / jnp.sqrt(sums / n + eps))
+    rstd = Statistic(square, lambda sums: 1.0 / jnp.sqrt(sums / size + eps), first=size)
     if stats:
         return RowProgram("rms_rstd", (rstd,), lambda t, found, s: [found[0]], reduces=True)
     return RowProgram("rms_norm", (rstd,), result)
@@ -61,11 +63,11 @@ def _flat(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else x.reshape(-1, x.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _rms_norm(
-    x: jax.Array, weight: Any, residual: Any, eps: float, interpret: Interpret
+    x: jax.Array, weight: Any, residual: Any, eps: float, size: int, interpret: Interpret
 ) -> tuple[jax.Array, ...]:
-    program = _rms_program(x.shape[-1], eps, weight is not None, residual is not None, False)
+    program = _rms_program(size, eps, weight is not None, residual is not None, False)
     rows = [x] if residual is None else [x, residual]
     vectors = [] if weight is None else [weight]
     flat = [r.reshape(-1, r.shape[-1]) for r in rows]
@@ -74,12 +76,14 @@ def _rms_norm(
 
 
 def _rms_fwd(
-    x: jax.Array, weight: Any, residual: Any, eps: float, interpret: Interpret
+    x: jax.Array, weight: Any, residual: Any, eps: float, size: int, interpret: Interpret
 ) -> tuple[tuple[jax.Array, ...], Any]:
-    return _rms_norm(x, weight, residual, eps, interpret), (x, weight, residual)
+    return _rms_norm(x, weight, residual, eps, size, interpret), (x, weight, residual)
 
 
-def _rms_bwd(eps: float, interpret: Interpret, saved: Any, grads: Any) -> tuple[Any, Any, Any]:
+def _rms_bwd(
+    eps: float, size: int, interpret: Interpret, saved: Any, grads: Any
+) -> tuple[Any, Any, Any]:
     x, weight, residual = saved
     n = x.shape[-1]
     s = x.astype(jnp.float32)
@@ -88,12 +92,12 @@ def _rms_bwd(eps: float, interpret: Interpret, saved: Any, grads: Any) -> tuple[
         s = s + residual.astype(jnp.float32)
         rows.append(_flat(residual))
     g = grads[0].astype(jnp.float32)
-    program = _rms_program(n, eps, False, residual is not None, True)
+    program = _rms_program(size, eps, False, residual is not None, True)
     (r,) = run(program, rows, [], [jnp.float32], interpret)
     r = r.reshape(*x.shape[:-1], 1)
     gw = g if weight is None else g * weight.astype(jnp.float32)
-    inner = row_sum(gw * s, interpret=interpret)[..., None] * r * r * r / n
-    gs = gw * r - inner * s
+    inner = row_sum(gw * s, interpret=interpret)[..., None] * r * r * r / size
+    gs = gw * r - jnp.where(jnp.arange(n) < size, inner * s, 0.0)
     if residual is not None:
         gs = gs + grads[1].astype(jnp.float32)
     g_weight = None
@@ -112,12 +116,14 @@ def rms_norm(
     eps: float | None = None,
     *,
     residual: jax.Array | None = None,
+    variance_size: int | None = None,
     interpret: Interpret = False,
 ) -> Any:
     """`s / sqrt(mean(s^2) + eps) * weight` over the last dimension, with `s = x + residual`.
 
-    x, residual: [..., n], float32 or bfloat16, weight: [n] or None, of any of these; eps None is
-    the machine epsilon of fp32. Returns [..., n] in x's dtype; with a residual, the pair of that
+    x, residual: [..., n], float32 or bfloat16, weight: [n] or None, of either; eps None is the
+    machine epsilon of fp32. The mean square is that of the first `variance_size` columns (None:
+    all). Returns [..., n] in x's dtype; with a residual, the pair of that
     and `s` rounded. The norm uses the unrounded fp32 `s`.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
@@ -129,7 +135,10 @@ def rms_norm(
     eps = float(jnp.finfo(jnp.float32).eps) if eps is None else float(eps)
     if not x.size:
         return x if residual is None else (x, residual)
-    outs = _rms_norm(x, weight, residual, eps, interpret)
+    size = x.shape[-1] if variance_size is None else variance_size
+    if not 0 < size <= x.shape[-1]:
+        raise OpNotSupported(f"rms_norm: variance_size must be in 1..{x.shape[-1]}, got {size}")
+    outs = _rms_norm(x, weight, residual, eps, size, interpret)
     return outs[0] if residual is None else outs
 
 

@@ -40,11 +40,13 @@ class Statistic:
     term: from the row tiles [bm, w] in fp32 and the statistics before, [bm, 1] each, the terms
         [bm, w]; a product among them must be `rounded`.
     finish: from the total [bm, 128], equal in every lane, the statistic.
+    first: only over that many columns; None: over all.
     """
 
     term: Callable[[Tiles, Tiles], jax.Array]
     finish: Callable[[jax.Array], jax.Array] = lambda total: total
     maximum: bool = False
+    first: int | None = None
 
     @property
     def identity(self) -> float:
@@ -80,8 +82,11 @@ def rounded(product: jax.Array) -> jax.Array:
 
 
 def canonical(total: jax.Array) -> jax.Array:
-    """One NaN for all, whatever the order of operands gave."""
-    return jnp.where(jnp.isnan(total), jnp.nan, total)
+    """One NaN for all, whatever the order of operands gave, and +0.0 for either zero.
+
+    A sum that starts at +0.0 is never -0.0; compilers leave that first addition out.
+    """
+    return jnp.where(jnp.isnan(total), jnp.nan, jnp.where(total == 0, 0.0, total))
 
 
 def run(
@@ -225,6 +230,7 @@ def _segment_lanes(
     """The lanes of one segment, [bm, min(1024, w)]: serial additions from the identity."""
     terms = statistic.term(tiles, found)
     width = terms.shape[1]
+    n = n if statistic.first is None else statistic.first
     inside = lax.broadcasted_iota(jnp.int32, terms.shape, 1) + begin < n
     terms = jnp.where(inside, terms, statistic.identity)
     lanes = min(width, LANES)
