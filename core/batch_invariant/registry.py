@@ -109,6 +109,7 @@ def _check(cls: object, name: str, distribution: str) -> None:
         "aten_overrides",
         "aten_harmless",
         "gaps",
+        "evidence",
         "activate",
         "deactivate",
         "to_native",

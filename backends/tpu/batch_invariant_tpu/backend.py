@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from batch_invariant.backend import API_VERSION, Availability, Backend, Gap, Kernel
+from batch_invariant.backend import API_VERSION, Availability, Backend, Evidence, Gap, Kernel
 from batch_invariant_tpu import route
 from batch_invariant_tpu.requirements import jax_problem, require_jax
 
@@ -53,6 +53,12 @@ class TpuBackend(Backend):
                 reason="TPUs have no float16 arithmetic; use bfloat16",
             ),
         )
+
+    def evidence(self, full: bool) -> Evidence | None:
+        """The kernels in the interpreter's hard modes, and what the TPU compiler makes of them."""
+        from batch_invariant_tpu.evidence import gather
+
+        return gather(full)
 
     def to_native(self, tensor: torch.Tensor) -> Any:
         """A CPU tensor as a `jax.Array`, copied: torch may change it afterwards."""

@@ -30,9 +30,12 @@ _BLOCKS = {
     "v5p": (128, 512, 512),
     "v6e": (256, 512, 1024),
     "tpu7x": (256, 512, 1024),
-    "interpreter": (128, 512, 512),
+    "interpreter": (16, 512, 512),  # low, so that tests of a few rows take little time
 }
 GENERATIONS = tuple(name for name in _BLOCKS if name != "interpreter")
+
+VMEM = 16 << 20
+"""Bytes of vector memory that a kernel gets on the generation that gives least."""
 
 LANE = 128
 """Elements of a vector register along the last dimension."""
@@ -68,6 +71,22 @@ def matmul_block(k: int, n: int, dtype: str, generation: str) -> tuple[int, int,
         raise OpNotSupported(f"matrix products on TPU take float32 and bfloat16; got {dtype}")
     bm, bk, bn = _BLOCKS[generation]
     return bm, min(bk, round_up(k, LANE)), min(bn, round_up(n, LANE))
+
+
+def check_block(block: tuple[int, ...], itemsize: int) -> None:
+    """Raises `OpNotSupported` for a block that no TPU takes: not in whole tiles, or too large."""
+    if len(block) != 3 or block[0] % 16 or any(size % LANE for size in block[1:]) or 0 in block:
+        raise OpNotSupported(
+            f"block {block}: expected (bm, bk, bn) with bm a multiple of 16, bk and bn of {LANE}"
+        )
+    bm, bk, bn = block
+    # Both operands and the result twice, since the next block is fetched meanwhile; one fp32 sum.
+    needed = 2 * itemsize * (bm * bk + bk * bn + bm * bn) + 4 * bm * bn
+    if needed > VMEM:
+        raise OpNotSupported(
+            f"block {block} needs {needed >> 20} MiB of a TPU's vector memory, and {VMEM >> 20} "
+            "MiB are there; take a smaller one"
+        )
 
 
 def row_block(width: int) -> int:

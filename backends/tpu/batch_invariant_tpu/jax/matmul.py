@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from batch_invariant.errors import OpNotSupported
-from batch_invariant_tpu.jax.blocks import matmul_block
+from batch_invariant_tpu.jax.blocks import check_block, matmul_block
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype, generation, launch, pad
 from batch_invariant_tpu.jax.reduce import sum as row_sum
 
@@ -130,7 +130,10 @@ def product(
         if addend is not None:
             nothing = nothing + beta * addend.astype(jnp.float32)
         return nothing.astype(dtype)
-    bm, bk, bn = block or matmul_block(k, n, str(x.dtype), generation(interpret))
+    if block is None:
+        block = matmul_block(k, n, str(x.dtype), generation(interpret))
+    check_block(block, x.dtype.itemsize)
+    bm, bk, bn = block
     x = pad(pad(x, 1, bm), 2, bk)
     w = pad(pad(w, 1, bn), 2, bk) if transposed else pad(pad(w, 1, bk), 2, bn)
     if addend is not None:
@@ -152,11 +155,10 @@ def _matmul(
     block: Block | None,
     interpret: Interpret,
 ) -> jax.Array:
+    lead = x.shape[:-1]
     if w.ndim == 2:
-        lead = x.shape[:-1]
-        left, right = x.reshape(1, -1, x.shape[-1]), w[None]
+        left, right = x.reshape(1, math.prod(lead), x.shape[-1]), w[None]
     else:
-        lead = x.shape[:-1]
         left, right = _three(x), _three(w)
     addend = None if bias is None else bias.reshape(1, 1, -1)
     out = product(

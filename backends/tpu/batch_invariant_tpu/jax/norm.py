@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from batch_invariant.errors import OpNotSupported
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype
 from batch_invariant_tpu.jax.reduce import sum as row_sum
-from batch_invariant_tpu.jax.rows import RowProgram, Statistic, rounded, run
+from batch_invariant_tpu.jax.rows import RowProgram, Statistic, divided, rounded, run
+
+
+def _reciprocal_root(n: int, eps: float, squares: jax.Array) -> jax.Array:
+    """1 / sqrt(squares / n + eps), each step rounded: not the `rsqrt` that XLA would make of it."""
+    return 1.0 / rounded(jnp.sqrt(divided(squares, n) + eps))
 
 
 @functools.cache
@@ -35,7 +40,7 @@ def _rms_program(
         out = out * shared[0] if weight else out
         return [out, s] if residual else [out]
 
-    rstd = Statistic(square, lambda sums: 1.0 / jnp.sqrt(sums / size + eps), first=size)
+    rstd = Statistic(square, functools.partial(_reciprocal_root, size, eps), first=size)
     if stats:
         return RowProgram("rms_rstd", (rstd,), lambda t, found, s: [found[0]], reduces=True)
     return RowProgram("rms_norm", (rstd,), result)
@@ -52,8 +57,8 @@ def _layer_program(n: int, eps: float, weight: bool, bias: bool, which: str) -> 
         centred = tiles[0] - found[0]
         return rounded(centred * centred)
 
-    average = Statistic(lambda tiles, found: tiles[0], lambda sums: sums / n)
-    rstd = Statistic(square, lambda sums: 1.0 / jnp.sqrt(sums / n + eps))
+    average = Statistic(lambda tiles, found: tiles[0], lambda sums: divided(sums, n))
+    rstd = Statistic(square, functools.partial(_reciprocal_root, n, eps))
     if which == "stats":
         return RowProgram("layer_stats", (average, rstd), lambda t, found, s: found, reduces=True)
     return RowProgram("layer_norm", (average, rstd), result)

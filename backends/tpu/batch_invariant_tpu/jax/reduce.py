@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype
-from batch_invariant_tpu.jax.rows import RowProgram, Statistic, canonical, run
+from batch_invariant_tpu.jax.rows import RowProgram, Statistic, canonical, divided, run
 
 MAXIMUM = Statistic(lambda tiles, found: tiles[0], maximum=True)
 
@@ -36,7 +36,7 @@ _LOGSUMEXP = RowProgram(
 @functools.cache
 def _mean(n: int) -> RowProgram:
     return RowProgram(
-        "mean", (_TOTAL,), lambda tiles, found, shared: [found[0] / n], reduces=True
+        "mean", (_TOTAL,), lambda tiles, found, shared: [divided(found[0], n)], reduces=True
     )
 
 

@@ -81,6 +81,11 @@ def rounded(product: jax.Array) -> jax.Array:
     return jnp.where(product == product, product, jnp.nan)  # noqa: PLR0124
 
 
+def divided(total: jax.Array, n: int) -> jax.Array:
+    """total / n, rounded once: XLA would multiply by the rounded 1 / n if it saw a constant."""
+    return rounded(total / jnp.where(total == total, float(n), jnp.nan))  # noqa: PLR0124
+
+
 def canonical(total: jax.Array) -> jax.Array:
     """One NaN for all, whatever the order of operands gave, and +0.0 for either zero.
 
