@@ -12,7 +12,7 @@ from batch_invariant_tpu.adapter import adapted
 from batch_invariant_tpu.jax.attention import CHUNK, attention
 
 ORDER = undeclared(
-    f"chunks of {CHUNK} keys, ascending, with a running maximum; inside one, the matrix unit's order"
+    f"chunks of {CHUNK} keys, ascending, a running maximum; inside one, the matrix unit's order"
 )
 
 

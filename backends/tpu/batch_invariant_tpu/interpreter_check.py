@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cpu python -m batch_invariant_tpu.interpreter_check
 
-Three ways of interpreting: `plain`, as ordinary jax operations; `memory`, with simulated memories in
-which what nobody wrote is NaN and a read out of bounds is an error; `races`, with the parallel axes
+Three ways of interpreting: `plain`, as ordinary jax operations; `memory`, with simulated memories
+in which what nobody wrote is NaN and a read out of bounds is an error; `races`, with the parallel axes
 of the grid in random order and conflicting accesses reported. The bits are those of jax's CPU
 compiler: this checks indexing, masks, padding and schedule, and nothing about a TPU's arithmetic.
 """
@@ -88,9 +88,9 @@ def kernels(dtype: str, mode: str) -> dict[str, Run]:
         "log_softmax": lambda x: bi.log_softmax(x / 2**18, interpret=how),
         "logsumexp": lambda x: bi.logsumexp(x / 2**18, interpret=how)[:, None],
         "sum": lambda x: bi.sum(x, dtype=wide, interpret=how)[:, None],
-        "mean, two segments": lambda x: bi.mean(
-            jnp.tile(x, (1, 8)), dtype=wide, interpret=how
-        )[:, None],
+        "mean, two segments": lambda x: bi.mean(jnp.tile(x, (1, 8)), dtype=wide, interpret=how)[
+            :, None
+        ],
         "attention": attend,
     }
 

@@ -30,9 +30,7 @@ def _addmm(
     m, n = mat1.shape[0], mat2.shape[1]
     rows = self.shape[0] if self.ndim == 2 else 1  # one row stays one, and is read for all
     addend = None if beta == 0 else jnp.broadcast_to(self, (1, rows if rows == m else 1, n))
-    return product(
-        mat1[None], mat2[None], addend, alpha=alpha, beta=beta, interpret=how
-    )[0]
+    return product(mat1[None], mat2[None], addend, alpha=alpha, beta=beta, interpret=how)[0]
 
 
 def _bmm(self: jax.Array, mat2: jax.Array, *, how: Any) -> jax.Array:

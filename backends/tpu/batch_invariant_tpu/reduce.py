@@ -46,6 +46,5 @@ _FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 KERNELS = {
-    name: adapted(name, _over(fn), ROW_ORDER, Guarantee.SCHEDULE)
-    for name, fn in _FUNCTIONS.items()
+    name: adapted(name, _over(fn), ROW_ORDER, Guarantee.SCHEDULE) for name, fn in _FUNCTIONS.items()
 }

@@ -20,9 +20,7 @@ from batch_invariant.errors import BackendUnavailable
 _count = itertools.count()
 
 
-def run(
-    op: str, fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
-) -> Any:
+def run(op: str, fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Calls `fn` on TorchTPU's tensors, on their device; compiled, never interpreted."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     if strange := {str(t.device) for t in tensors if t.device.type != "tpu"}:

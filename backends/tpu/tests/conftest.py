@@ -25,4 +25,6 @@ else:
 
 def pytest_terminal_summary(terminalreporter):
     for line in _MISSING:
-        terminalreporter.write_line(f"TPU backend: {line}; pip install 'batch-invariant-tpu[compile]'")
+        terminalreporter.write_line(
+            f"TPU backend: {line}; pip install 'batch-invariant-tpu[compile]'"
+        )

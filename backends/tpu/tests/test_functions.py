@@ -65,10 +65,9 @@ _X, _W, _V = _normal(4, 130), _normal(130, 40, seed=1), _normal(130, seed=2)
         ),
         (
             lambda x, w, b: bi.layer_norm(x, w, b, interpret=True),
-            lambda x, w, b: (x - x.mean(-1, keepdims=True))
-            / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
-            * w
-            + b,
+            lambda x, w, b: (
+                (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * w + b
+            ),
             (_X, _V, _V[::-1]),
         ),
     ],
@@ -86,7 +85,9 @@ def test_values_and_gradients_are_those_of_plain_jax(ours, plain, args) -> None:
 
 def test_a_rows_gradient_does_not_depend_on_the_batch() -> None:
     def loss(x: jax.Array) -> jax.Array:
-        y = bi.softmax(bi.matmul(bi.rms_norm(x, interpret=True), _W, interpret=True), interpret=True)
+        y = bi.softmax(
+            bi.matmul(bi.rms_norm(x, interpret=True), _W, interpret=True), interpret=True
+        )
         return (y * y).sum()
 
     x = _normal(9, 130, seed=4)
@@ -131,7 +132,7 @@ def test_a_block_that_does_not_fit_is_refused_before_it_is_compiled() -> None:
 
 
 def test_without_a_tpu_nothing_is_interpreted_unasked() -> None:
-    with pytest.raises(ValueError, match="[Ii]nterpret"):
+    with pytest.raises(ValueError, match=r"[Ii]nterpret"):
         bi.sum(_X)
 
 

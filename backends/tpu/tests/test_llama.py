@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llama import VOCABULARY, Ours, Plain, forward, weights
 
 from batch_invariant_tpu.interpreter_check import bits
+from llama import VOCABULARY, Ours, Plain, forward, weights
 
 TOKENS = np.random.default_rng(3).integers(0, VOCABULARY, (64, 7))
 BATCHES = (1, 2, 3, 8, 64)

@@ -22,14 +22,14 @@ FULL = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 DTYPES = ("bfloat16", "float32")
 
 PROVES = (
-    "for every kernel, generation and dtype listed, the TPU compiler makes one and the same program "
-    "for every size of the batch that was compiled, and the additions in it have one order; no other "
-    "arithmetic stands beside the kernel; its memory fits"
+    "for every kernel, generation and dtype listed, the TPU compiler makes one and the same "
+    "program for every size of the batch that was compiled, and the additions in it have one "
+    "order; no other arithmetic stands beside the kernel; its memory fits"
 )
 DOES_NOT_PROVE = (
-    "any bit on a TPU: no program was run. That the matrix unit treats every row of a tile alike, and "
-    "that equal programs give equal bits, is taken from the hardware's description. Programs around "
-    "the kernels, other shapes, other versions of libtpu"
+    "any bit on a TPU: no program was run. That the matrix unit treats every row of a tile alike, "
+    "and that equal programs give equal bits, is taken from the hardware's description. Programs "
+    "around the kernels, other shapes, other versions of libtpu"
 )
 
 Report = Callable[[str, bool, str], None]

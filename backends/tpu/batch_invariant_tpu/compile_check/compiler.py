@@ -152,11 +152,10 @@ def foreign_arithmetic(hlo: str) -> list[str]:
             found.add(opcode)
         if opcode == "reduce":
             operand = re.match(r"%[\w.-]+", rest)
-            over = re.search(r"dimensions=\{([\d,]*)\}", rest)
+            over = re.search(r"dimensions=\{([\d,]+)\}", rest)
             known = shapes.get(operand.group()) if operand else None
-            if known is None or over is None:
-                found.add("reduce")
-            elif any(known[int(d)] > 1 for d in over.group(1).split(",") if d):
+            axes = over.group(1).split(",") if over else []
+            if known is None or not axes or any(known[int(d)] > 1 for d in axes):
                 found.add("reduce")
     calls = hlo.count('custom_call_target="tpu_custom_call"')
     return sorted(found) + ([] if calls == 1 else [f"{calls} kernels"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from batch_invariant_tpu.compile_check.compiler import Compiler
 
@@ -22,7 +21,10 @@ def controls(
     from batch_invariant_tpu.jax import matmul
 
     k, n = DOT
-    shapes: Callable[[int], Any] = lambda m: [((m, k), dtype), ((k, n), dtype)]
+
+    def shapes(m: int) -> list[tuple[tuple[int, ...], str]]:
+        return [((m, k), dtype), ((k, n), dtype)]
+
     yield (
         "plain jnp.dot",
         {m: _dot_plan(compiler.compile(jnp.dot, shapes(m)).hlo) for m in batches},

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-_LINE = re.compile(r"^(%\w+) = ([\w.]+) (.*)$")
+_LINE = re.compile(r"^(%\w+) = ([\w.]+) ?(.*)$")
 _VALUE = re.compile(r"%\w+")
 _ADD = "vadd.f32"
 
@@ -35,9 +35,8 @@ def trees(text: str) -> Counter[str]:
             taken.update(operands)
     shapes: dict[str, str] = {}
     for name, operands in parts.items():  # in SSA form operands come first
-        shapes[name] = "(%s+%s)" % tuple(
-            sorted(shapes.get(operand) or _leaf(kind.get(operand, "")) for operand in operands)
-        )
+        terms = (shapes.get(operand) or _leaf(kind.get(operand, "")) for operand in operands)
+        shapes[name] = f"({'+'.join(sorted(terms))})"
         if len(shapes[name]) > 400:  # a long chain by a name of its own, equal for equal chains
             shapes[name] = f"<{_short(shapes[name])}>"
     return Counter(shape for name, shape in shapes.items() if name not in taken)

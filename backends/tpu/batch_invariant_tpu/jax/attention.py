@@ -24,8 +24,8 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant_tpu.jax.blocks import LANE
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype, launch, pad
 from batch_invariant_tpu.jax.matmul import product
-from batch_invariant_tpu.jax.rows import fold
 from batch_invariant_tpu.jax.reduce import sum as row_sum
+from batch_invariant_tpu.jax.rows import fold
 
 CHUNK = 256
 """Keys of a chunk; part of the order, so one number for all."""
@@ -194,14 +194,12 @@ def _forward(
     interpret: Interpret,
 ) -> tuple[jax.Array, jax.Array]:
     batch, heads, length, _ = q.shape
-    kv_heads, keys, value_size = v.shape[1:]
+    kv_heads, _, value_size = v.shape[1:]
     group = heads // kv_heads
     rows = length * group
     if mask is not None:
-        if mask.shape[1] == 1:
-            mask = jnp.repeat(mask, group, axis=2)
-        else:
-            mask = _in_groups(mask, kv_heads)
+        shared = mask.shape[1] == 1
+        mask = jnp.repeat(mask, group, axis=2) if shared else _in_groups(mask, kv_heads)
         mask = pad(pad(mask, 2, ROWS), 3, CHUNK)
     out, lse = _call(
         pad(_in_groups(q, kv_heads), 2, ROWS),
@@ -239,7 +237,7 @@ def _bwd(scale: float, causal: bool, interpret: Interpret, saved: Any, grads: An
     """The derivative through whole score matrices, by the invariant products and sums."""
     q, k, v, mask, lengths, offsets, out, lse = saved
     g = grads[0].astype(jnp.float32)
-    batch, heads, length, size = q.shape
+    batch, heads, length, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
 
@@ -327,7 +325,9 @@ def attention(
         if mask.dtype == jnp.bool_:
             mask = jnp.where(mask, 0.0, -jnp.inf)
         mask = mask.astype(jnp.float32).reshape((1,) * (4 - mask.ndim) + mask.shape)
-        lead = tuple(1 if n == 1 else full for n, full in zip(mask.shape, q.shape[:2]))
+        lead = tuple(
+            1 if n == 1 else full for n, full in zip(mask.shape[:2], q.shape[:2], strict=True)
+        )
         mask = jnp.broadcast_to(mask, (*lead, length, keys))
     if not q.size or not v.size:
         out = jnp.zeros((batch, heads, length, v.shape[3]), q.dtype)

@@ -1,4 +1,4 @@
-"""How every kernel here is launched: compiled for a TPU, or interpreted where the caller says so."""
+"""How every kernel is launched: compiled for a TPU, or interpreted where the caller says so."""
 
 from __future__ import annotations
 

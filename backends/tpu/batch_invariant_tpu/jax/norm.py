@@ -24,9 +24,7 @@ def _reciprocal_root(n: int, eps: float, squares: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _rms_program(
-    size: int, eps: float, weight: bool, residual: bool, stats: bool
-) -> RowProgram:
+def _rms_program(size: int, eps: float, weight: bool, residual: bool, stats: bool) -> RowProgram:
     def total(tiles: Any) -> jax.Array:
         return tiles[0] + tiles[1] if residual else tiles[0]
 

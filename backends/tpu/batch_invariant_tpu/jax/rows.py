@@ -78,12 +78,12 @@ def rounded(product: jax.Array) -> jax.Array:
     Compilers for CPUs fuse a product and a sum where they can; a comparison between them keeps
     them apart. A NaN stays one.
     """
-    return jnp.where(product == product, product, jnp.nan)  # noqa: PLR0124
+    return jnp.where(product == product, product, jnp.nan)
 
 
 def divided(total: jax.Array, n: int) -> jax.Array:
     """total / n, rounded once: XLA would multiply by the rounded 1 / n if it saw a constant."""
-    return rounded(total / jnp.where(total == total, float(n), jnp.nan))  # noqa: PLR0124
+    return rounded(total / jnp.where(total == total, float(n), jnp.nan))
 
 
 def canonical(total: jax.Array) -> jax.Array:
@@ -249,9 +249,7 @@ def _folded(statistic: Statistic, lanes: jax.Array) -> jax.Array:
     return canonical(fold(lanes, statistic.combine))
 
 
-def fold(
-    lanes: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
+def fold(lanes: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     """[bm, L] folded by halves, L a power of two of at least 128; [bm, 128], equal in every lane.
 
     A rotation by half of what is left puts the partner of every lane beside it.
