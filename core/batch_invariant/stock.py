@@ -24,7 +24,7 @@ def dispatch_key(device_type: str) -> str:
         if owner != "privateuseone":
             raise BatchInvariantError(
                 f"torch knows no device {device_type!r}, and its one place for out-of-tree devices "
-                f"is {owner!r}'s in this process; use another process for {device_type!r}"
+                f"is taken by {owner!r} in this process; use another one for {device_type!r}"
             ) from None
         return "PrivateUse1"
 

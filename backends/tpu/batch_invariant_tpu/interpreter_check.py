@@ -1,10 +1,10 @@
 """The kernels in Pallas's interpreter, under transforms of the batch, bit for bit.
 
-    JAX_PLATFORMS=cpu python -m batch_invariant_tpu.interpreter_check
+    python -m batch_invariant_tpu.interpreter_check
 
 Three ways of interpreting: `plain`, as ordinary jax operations; `memory`, with simulated memories
-in which what nobody wrote is NaN and a read out of bounds is an error; `races`, with the parallel axes
-of the grid in random order and conflicting accesses reported. The bits are those of jax's CPU
+in which what nobody wrote is NaN and a read out of bounds is an error; `races`, with the parallel
+axes of the grid in random order and conflicting accesses reported. The bits are those of jax's CPU
 compiler: this checks indexing, masks, padding and schedule, and nothing about a TPU's arithmetic.
 """
 

@@ -55,7 +55,7 @@ def test_torchax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_vendors_device_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch_key("tpu") == "PrivateUse1"
     monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "npu")
-    with pytest.raises(BatchInvariantError, match="is 'npu's in this process"):
+    with pytest.raises(BatchInvariantError, match="taken by 'npu' in this process"):
         dispatch_key("tpu")
 
 

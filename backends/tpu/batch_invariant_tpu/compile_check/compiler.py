@@ -36,6 +36,7 @@ def environment(dumps: Path) -> dict[str, str]:
     )
     return {
         "JAX_PLATFORMS": "cpu",  # libtpu is then a compiler and nothing else
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is held, so another process may compile too
         "TPU_SKIP_MDS_QUERY": "1",  # these two only quieten it
         "TPU_WORKER_HOSTNAMES": "localhost",
         "LIBTPU_INIT_ARGS": " ".join(flag for flag in flags if flag),
