@@ -70,9 +70,7 @@ def main() -> None:
         os.environ.update(environment(dumps))
         from batch_invariant_tpu.compile_check.cases import cases
 
-        print(
-            "| generation | kernel | M | ours, us | XLA, us | ratio | temporary, ours / XLA, KB |"
-        )
+        print("| generation | kernel | M | least, us | ours | XLA | temporary, ours / XLA, KB |")
         print("|---|---|---|---|---|---|---|")
         for generation in args.generation or ("v5e", "v6e", "tpu7x"):
             compiler = Compiler(generation, dumps)

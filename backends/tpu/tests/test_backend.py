@@ -1,5 +1,6 @@
 """What torch users see: the route, the kit's checks through CPU tensors, TorchTPU's border."""
 
+import json
 import sys
 import types
 
@@ -9,6 +10,7 @@ import torch
 import batch_invariant as core
 from batch_invariant import registry
 from batch_invariant.backend import Evidence
+from batch_invariant.cli import main
 from batch_invariant.cli.doctor import _lines, diagnose
 from batch_invariant.errors import BackendUnavailable, BatchInvariantError, OpNotSupported
 from batch_invariant.proof import checks
@@ -116,6 +118,24 @@ def test_torchtpu_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(torch, "tpu", raising=False)
     with pytest.raises(BackendUnavailable, match=r"Python 3\.12"):
         torchtpu._operator("mm", lambda: None, (), ())
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_verify_asks_for_evidence_and_keeps_it(
+    holds: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = [item for item in PLAN if item.label == "mm float32 result"]
+    monkeypatch.setattr(checks, "plan", lambda *a, **k: one)
+    found = Evidence(holds, ["  the compiler: seen"], {"compiler": {"holds": holds}})
+    monkeypatch.setattr(type(registry.load("tpu")), "evidence", lambda self, full: found)
+    assert main(["verify", "--backend", "tpu"]) == (0 if holds else 1)
+    assert "the compiler: seen" in capsys.readouterr().out
+    assert main(["verify", "--backend", "tpu", "--json"]) == (0 if holds else 1)
+    made = json.loads(capsys.readouterr().out)
+    assert made["evidence"] == {"compiler": {"holds": holds}}
+    assert made["holds"] is holds
+    main(["verify", "--backend", "tpu", "--op", "mm", "--json"])
+    assert "evidence" not in json.loads(capsys.readouterr().out)
 
 
 def test_evidence_without_the_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
