@@ -52,6 +52,11 @@ class TpuBackend(Backend):
                 check="kernel",
                 reason="TPUs have no float16 arithmetic; use bfloat16",
             ),
+            Gap(
+                check="restoration",
+                reason="importing jax sets TF_CPP_MIN_LOG_LEVEL, TPU_SKIP_MDS_QUERY and, beside "
+                "libtpu, TPU_LIBRARY_PATH, which it and libtpu read later; they stay",
+            ),
         )
 
     def evidence(self, full: bool) -> Evidence | None:

@@ -32,6 +32,15 @@ def test_the_kits_checks(item: checks.Item) -> None:
     assert outcome.ok, str(outcome)
 
 
+def test_gaps_name_what_is_not_there() -> None:
+    (item,) = (item for item in checks.plan("tpu") if item.check == "restoration")
+    assert item.gap is not None
+    assert "importing jax" in item.gap.reason
+    missing = {gap.op for gap in registry.load("tpu").gaps() if gap.op}
+    assert {"argmax", "embedding", "cumsum"} <= missing
+    assert not missing & set(registry.load("tpu").kernels())
+
+
 def test_probe_and_doctor_say_which_route_is_live() -> None:
     assert registry.load("tpu").probe().reason == route.INTERPRETER
     report = diagnose()

@@ -21,15 +21,10 @@ KINDS = {
 }
 """What jax calls a device (`device_kind`), and the generation that it belongs to."""
 
-# (bm, largest bk, largest bn). The matrix unit is 128 wide up to v5p and 256 from v6e on. The
-# traffic of a block falls with bm and bn; at M = 1 the padded rows cost matrix-unit time, which
-# stays below the time to read the weights.
+# (bm, largest bk, largest bn). What is read from memory falls with bm and bn. At M = 1 the 256 padded
+# rows cost the matrix unit about the time in which the weights are read, and no more.
 _BLOCKS = {
-    "v4": (128, 512, 512),
-    "v5e": (128, 512, 512),
-    "v5p": (128, 512, 512),
-    "v6e": (256, 512, 1024),
-    "tpu7x": (256, 512, 1024),
+    **dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), (256, 512, 1024)),
     "interpreter": (16, 512, 512),  # low, so that tests of a few rows take little time
 }
 GENERATIONS = tuple(name for name in _BLOCKS if name != "interpreter")
