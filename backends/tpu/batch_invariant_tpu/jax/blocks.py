@@ -21,8 +21,8 @@ KINDS = {
 }
 """What jax calls a device (`device_kind`), and the generation that it belongs to."""
 
-# (bm, largest bk, largest bn). What is read from memory falls with bm and bn. At M = 1 the 256 padded
-# rows cost the matrix unit about the time in which the weights are read, and no more.
+# (bm, largest bk, largest bn). What is read from memory falls with bm and bn. At M = 1 the 256
+# padded rows cost the matrix unit about the time in which the weights are read, and no more.
 _BLOCKS = {
     **dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), (256, 512, 1024)),
     "interpreter": (16, 512, 512),  # low, so that tests of a few rows take little time
