@@ -25,7 +25,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     if not tensor.numel():
         return jnp.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     copy = jnp.array(jax.dlpack.from_dlpack(tensor), copy=True)
-    device = jax.devices("tpu" if interpreted() is False else "cpu")[0]
+    device = jax.devices("cpu" if interpreted() else "tpu")[0]
     return jax.block_until_ready(jax.device_put(copy, device))
 
 

@@ -134,6 +134,8 @@ def test_a_block_that_does_not_fit_is_refused_before_it_is_compiled() -> None:
 def test_without_a_tpu_nothing_is_interpreted_unasked() -> None:
     with pytest.raises(ValueError, match=r"[Ii]nterpret"):
         bi.sum(_X)
+    with pytest.raises(OpNotSupported, match="compile ahead of time, or interpret=True"):
+        bi.matmul(_X, _W)
 
 
 def test_blocks_do_not_know_the_batch_and_are_whole_tiles() -> None:

@@ -59,12 +59,20 @@ def launch(
     return list(out)
 
 
-def generation(interpret: Interpret, asked: str | None = None) -> str:
-    """The generation whose block sizes are used: the one asked for, or that of the device."""
-    if asked is not None:
-        return asked
-    if interpret or jax.default_backend() != "tpu":
+def generation(interpret: Interpret) -> str:
+    """The generation whose blocks are used: that of the TPU here, or the interpreter's own.
+
+    Raises `OpNotSupported` where neither is: a block for another TPU than the one that will compute
+    would be another order of additions.
+    """
+    if interpret:
         return "interpreter"
+    if jax.default_backend() != "tpu":
+        raise OpNotSupported(
+            f"a matrix product for a TPU, and jax computes on {jax.default_backend()!r} here; pass "
+            "block=matmul_block(K, N, dtype, generation) of batch_invariant_tpu.jax.blocks to "
+            "compile ahead of time, or interpret=True to test on this machine"
+        )
     return generation_of(jax.devices()[0].device_kind)
 
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from batch_invariant.errors import OpNotSupported
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype
-from batch_invariant_tpu.jax.matmul import matmul
+from batch_invariant_tpu.jax.matmul import Block, matmul
 
 SLICES = 8
 """The largest number of devices that share one product, and the number of slices on any of them."""
@@ -37,6 +37,7 @@ def row_parallel_matmul(
     axis_name: str | None = None,
     slices: int = SLICES,
     dtype: Any = None,
+    block: Block | None = None,
     interpret: Interpret = False,
 ) -> jax.Array:
     """`x @ w + bias` where K is split over the devices of a mesh axis, as after a sharded layer.
@@ -46,7 +47,7 @@ def row_parallel_matmul(
     same bits. The order is a function of (K, N, dtype, slices); so is the result, for every n.
 
     The sum of `slices` fp32 products in a balanced tree, plus the bias, rounded once to `dtype`
-    (None: x's). Sends one fp32 [..., N] per device.
+    (None: x's). block: that of a slice, as for `matmul`. Sends one fp32 [..., N] per device.
     """
     check_dtype("row_parallel_matmul", x, w, bias)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
@@ -66,7 +67,11 @@ def row_parallel_matmul(
     partial = _tree(
         [
             matmul(
-                x[..., at : at + size], w[at : at + size], dtype=jnp.float32, interpret=interpret
+                x[..., at : at + size],
+                w[at : at + size],
+                dtype=jnp.float32,
+                block=block,
+                interpret=interpret,
             )
             for at in range(0, share, size)
         ]
