@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -133,6 +134,15 @@ def normalised(mosaic: str, batch_axes: Sequence[int]) -> str:
     if hits != 1:
         raise BatchInvariantError(f"expected one iteration_bounds in a kernel's text, found {hits}")
     return re.sub(r"memref<\d+xi32(?=, [^>]*>, #xir\.memory_space<smem)", "memref<Mxi32", text)
+
+
+def fingerprint(made: Compiled, batch_axes: Sequence[int]) -> str:
+    """The program's text and its trees in short; a text for each kernel, in the order of dumps.
+
+    The text is needed too: on TPU7x the matrix unit adds up a block by itself, which no tree shows.
+    """
+    texts = "".join(normalised(text, batch_axes) for text in made.mosaic)
+    return f"{hashlib.sha256(texts.encode()).hexdigest()[:12]} {made.trees}"
 
 
 def foreign_arithmetic(hlo: str) -> list[str]:

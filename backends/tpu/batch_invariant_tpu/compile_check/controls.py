@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from batch_invariant_tpu.compile_check.compiler import Compiler
+from batch_invariant_tpu.compile_check.compiler import Compiler, fingerprint
 
 DOT = (14336, 4096)
 """K and N: a K long enough to be tiled."""
@@ -40,10 +40,15 @@ def controls(
     yield (
         "our matmul with its block of K taken from M",
         {
-            m: compiler.compile(
-                lambda x, w, bk=256 if m == largest else 512: matmul(x, w, block=(128, bk, 512)),
-                shapes(m),
-            ).trees
+            m: fingerprint(
+                compiler.compile(
+                    lambda x, w, bk=256 if m == largest else 512: matmul(
+                        x, w, block=(128, bk, 512)
+                    ),
+                    shapes(m),
+                ),
+                (1,),
+            )
             for m in batches
         },
     )
