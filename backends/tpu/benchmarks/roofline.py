@@ -80,7 +80,10 @@ def main() -> None:
                 return max(operations / (f * 1e6), moved / (b * 1e3))
 
             for case in cases(generation, "bfloat16", False):
-                for m in BATCHES if case.name in NAMES else ():
+                if case.name not in NAMES:
+                    continue
+                # jax 0.10.2 cannot print XLA's program for attention with more sequences.
+                for m in BATCHES[:2] if case.name.startswith("attention") else BATCHES:
                     shapes = case.shapes(m)
                     mine, plain = (compiler.compile(fn, shapes) for fn in (case.fn, case.plain))
                     here = bound(*ours(case.name, m, generation))
