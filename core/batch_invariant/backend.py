@@ -65,6 +65,19 @@ class Kernel:
         return self.order if isinstance(self.order, Order) else self.order[dtype]
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a backend can show beside the results of its kernels, such as compiled programs.
+
+    holds: whether it shows what it should. lines: for a reader, among them what it does not show.
+    details: for the certificate, JSON values.
+    """
+
+    holds: bool
+    lines: Sequence[str]
+    details: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gap:
     """Something that a backend does not keep yet, and says so.
@@ -163,6 +176,13 @@ class Backend(abc.ABC):
 
     def tuner(self) -> Tuner | None:
         """What `bi tune` calls; None where there is nothing to tune. Asked if `probe` says ok."""
+        return None
+
+    def evidence(self, full: bool) -> Evidence | None:
+        """Further evidence, which `bi verify` asks for after the checks of the whole backend.
+
+        full: as much as there is, rather than what takes minutes.
+        """
         return None
 
     def activate(self) -> None:

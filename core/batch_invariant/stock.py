@@ -8,10 +8,25 @@ from typing import Any
 
 import torch
 
+from batch_invariant.errors import BatchInvariantError
+
 
 def dispatch_key(device_type: str) -> str:
-    """The dispatch key of a device type: `cpu` -> `CPU`, an out-of-tree one -> `PrivateUse1`."""
-    return str(torch._C._dispatch_key_for_device(device_type))
+    """The dispatch key of a device type: `cpu` -> `CPU`, an out-of-tree one -> `PrivateUse1`.
+
+    Also that of an out-of-tree device whose torch package is not there, so that its kernels can be
+    checked by `to_native`; unless the key is another such device's.
+    """
+    try:
+        return str(torch._C._dispatch_key_for_device(device_type))
+    except RuntimeError:
+        owner = torch._C._get_privateuse1_backend_name()
+        if owner != "privateuseone":
+            raise BatchInvariantError(
+                f"torch knows no device {device_type!r}, and its one place for out-of-tree devices "
+                f"is taken by {owner!r} in this process; use another one for {device_type!r}"
+            ) from None
+        return "PrivateUse1"
 
 
 def stock(overload: str, key: str = "CPU") -> Callable[..., Any]:

@@ -199,6 +199,8 @@ def _backend_lines(backend: dict[str, Any], threads: int | None) -> list[Line]:
     total = len(ops) + len(backend["missing"])
     star = f"  * selected for {backend['selected_for']}" if backend["selected_for"] else ""
     lines = [f"  ok  {backend['name']:8} {len(ops)}/{total} ops, {threads} threads{star}"]
+    if backend["reason"]:  # how it runs, where there is more than one way
+        lines.append(f"        {backend['reason']}")
     for (guarantee, order, portable, source), names in _by_order(ops).items():
         mark = ", portable" if portable else ""
         lines.append(f"        {guarantee}{mark}: {order}" + (f" ({source})" if source else ""))

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if everything holds (and nothing changed), 1 if not or the backend cannot run, 2 usage."""
-    from batch_invariant import selector
+    from batch_invariant import registry, selector
     from batch_invariant.errors import BatchInvariantError, ConfigurationError, UnknownBackend
     from batch_invariant.proof import certificate, checks
     from batch_invariant.proof.changes import changes
@@ -73,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
             outcomes.append(checks.run(item))
             step(item.label, 1)
     made = certificate.make(backend, scope, (outcome.as_dict() for outcome in outcomes))
+    evidence = None if args.op else registry.load(backend).evidence(args.full)
+    if evidence is not None:
+        made["evidence"] = dict(evidence.details)
+        made["holds"] = made["holds"] and evidence.holds
     found = changes(old, made, args.op) if old else []
     good = made["holds"] and not any(change.numeric for change in found)
     if args.report:
@@ -81,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(certificate.text(made))
     else:
         emit(_lines(made, outcomes, varies, time.perf_counter() - started))
+        if evidence is not None:
+            emit([_verdict(line, not evidence.holds) for line in ("", *evidence.lines)])
     if old is not None:
         emit(_difference(args.against, found), sys.stderr if args.json else None)
     return 0 if good else 1

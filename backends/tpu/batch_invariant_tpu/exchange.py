@@ -1,0 +1,48 @@
+"""Arrays across the border between torch and jax, by dlpack on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from batch_invariant.errors import OpNotSupported
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the kernels compute in."""
+
+_CARRIED = (*DTYPES, torch.float16, torch.bool, torch.int32)
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """A copy of a CPU tensor where jax computes: its TPU if there is one, else the CPU."""
+    if tensor.dtype not in _CARRIED:
+        # jax would narrow 64-bit numbers without a word.
+        raise OpNotSupported(f"the TPU backend takes float32 and bfloat16; got {tensor.dtype}")
+    tensor = tensor.detach().contiguous()
+    if not tensor.numel():
+        return jnp.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    copy = jnp.array(jax.dlpack.from_dlpack(tensor), copy=True)
+    device = jax.devices("cpu" if interpreted() else "tpu")[0]
+    return jax.block_until_ready(jax.device_put(copy, device))
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    """A CPU tensor with the values of an array, in memory of its own."""
+    if not array.size:
+        return torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)))
+    here = jax.device_put(array, jax.devices("cpu")[0])
+    tensor: torch.Tensor = torch.from_dlpack(here)
+    return tensor.clone()
+
+
+def dtype_of(dtype: torch.dtype) -> Any:
+    """jax's name of a torch dtype."""
+    return jnp.dtype(str(dtype).removeprefix("torch."))
+
+
+def interpreted() -> bool:
+    """Whether kernels called from torch are interpreted: there is no TPU to compile for."""
+    return jax.default_backend() != "tpu"

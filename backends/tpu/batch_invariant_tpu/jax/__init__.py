@@ -1,0 +1,43 @@
+"""Batch-invariant operators for TPUs as functions of `jax.Array`s; no torch.
+
+    from batch_invariant_tpu import jax as bi
+
+    y = bi.rms_norm(bi.linear(x, weight), scale)
+
+They work under jit, vmap, grad and shard_map. A row's result has the same bits whatever else is in
+the batch. Each is one Pallas kernel, compiled for the TPU; `interpret=True` computes on the CPU,
+which tests the wiring and says nothing about the bits of a TPU.
+"""
+
+from batch_invariant_tpu.requirements import require_jax
+
+require_jax()
+
+from batch_invariant_tpu.jax.attention import attention  # noqa: E402
+from batch_invariant_tpu.jax.matmul import linear, matmul  # noqa: E402
+from batch_invariant_tpu.jax.norm import layer_norm, layer_norm_statistics, rms_norm  # noqa: E402
+from batch_invariant_tpu.jax.parallel import row_parallel_matmul  # noqa: E402
+from batch_invariant_tpu.jax.reduce import logsumexp, mean, sum  # noqa: E402
+from batch_invariant_tpu.jax.softmax import (  # noqa: E402
+    log_softmax,
+    log_softmax_backward,
+    softmax,
+    softmax_backward,
+)
+
+__all__ = [
+    "attention",
+    "layer_norm",
+    "layer_norm_statistics",
+    "linear",
+    "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
+    "matmul",
+    "mean",
+    "rms_norm",
+    "row_parallel_matmul",
+    "softmax",
+    "softmax_backward",
+    "sum",
+]

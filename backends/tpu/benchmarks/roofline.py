@@ -1,0 +1,102 @@
+"""What the kernels can cost at least, beside XLA's own operators: a table, by arithmetic alone.
+
+    python backends/tpu/benchmarks/roofline.py --generation v6e
+
+Nothing is run. Both programs are compiled for the generation by libtpu. A time is the larger of
+arithmetic over peak rate and bytes over peak bandwidth. least: of the operator, each argument read
+and each result written once (`memory_analysis`). ours: of what the kernel's blocks read, write and
+multiply, padding included. XLA: of XLA's own operator by its `cost_analysis`, which counts what a
+fusion reads again, and so may be too much. temporary: what the compiled programs hold beside
+arguments and results.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from batch_invariant_tpu.compile_check.compiler import TOPOLOGIES, Compiler, environment
+
+# One chip, bfloat16: 10^12 operations a second and 10^9 bytes a second, as Google publishes them.
+PEAKS = {
+    "v4": (275, 1228),
+    "v5e": (197, 819),
+    "v5p": (459, 2765),
+    "v6e": (918, 1640),
+    "tpu7x": (2307, 7380),
+}
+NAMES = (
+    "matmul 4096x4096",
+    "matmul 14336x4096",
+    "rms_norm 4096",
+    "softmax 4096",
+    "log_softmax 128256",
+    "attention, decode",
+)
+BATCHES = (1, 256, 4096)
+
+
+def ours(name: str, m: int, generation: str) -> tuple[float, float]:
+    """Operations and bytes of the kernel's blocks, in bfloat16."""
+    from batch_invariant_tpu.jax.attention import ROWS
+    from batch_invariant_tpu.jax.blocks import matmul_block, round_up, row_block
+    from batch_invariant_tpu.jax.rows import SEGMENT
+
+    if name.startswith("matmul"):
+        k, n = map(int, name.split()[1].split("x"))
+        bm, _, bn = matmul_block(k, n, "bfloat16", generation)
+        rows = round_up(m, bm)
+        return 2.0 * rows * k * n, 2.0 * (rows * k * (n / bn) + k * n * (rows / bm) + rows * n)
+    if name.startswith("attention"):
+        heads, keys, size = 2, 1024, 128
+        scores = 2.0 * ROWS * keys * size
+        bytes_ = (
+            2.0 * m * heads * (2 * keys * size + 2 * ROWS * size) + 4.0 * m * heads * ROWS * 128
+        )
+        return m * heads * (scores + 3 * scores), bytes_  # weights in three parts
+    n = int(name.split()[1])
+    rows = round_up(m, row_block(min(n, SEGMENT)))
+    width = n if n <= SEGMENT else round_up(n, SEGMENT)
+    reads = 1 if n <= SEGMENT else 3
+    return 8.0 * rows * width, 2.0 * rows * width * (reads + 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--generation", action="append", default=[], choices=tuple(TOPOLOGIES))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        dumps = Path(scratch)
+        os.environ.update(environment(dumps))
+        from batch_invariant_tpu.compile_check.cases import cases
+
+        print("| generation | kernel | M | least, us | ours | XLA | temporary, ours / XLA, KB |")
+        print("|---|---|---|---|---|---|---|")
+        for generation in args.generation or ("v5e", "v6e", "tpu7x"):
+            compiler = Compiler(generation, dumps)
+            flops, bandwidth = PEAKS[generation]
+
+            def bound(operations: float, moved: float, f: int = flops, b: int = bandwidth) -> float:
+                return max(operations / (f * 1e6), moved / (b * 1e3))
+
+            for case in cases(generation, "bfloat16", False):
+                if case.name not in NAMES:
+                    continue
+                # jax 0.10.2 cannot print XLA's program for attention with more sequences.
+                for m in BATCHES[:2] if case.name.startswith("attention") else BATCHES:
+                    shapes = case.shapes(m)
+                    mine, plain = (compiler.compile(fn, shapes) for fn in (case.fn, case.plain))
+                    here = bound(*ours(case.name, m, generation))
+                    there = bound(plain.cost.get("flops", 0.0), plain.cost["bytes accessed"])
+                    memory = mine.memory
+                    passed = memory["argument_size_in_bytes"] + memory["output_size_in_bytes"]
+                    least = bound(case.flops(m), passed)
+                    held = [p.memory["temp_size_in_bytes"] >> 10 for p in (mine, plain)]
+                    print(
+                        f"| {generation} | {case.name} | {m} | {least:.1f} | {here:.1f} | "
+                        f"{there:.1f} | {held[0]} / {held[1]} |"
+                    )
+
+
+if __name__ == "__main__":
+    main()
