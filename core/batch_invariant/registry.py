@@ -124,6 +124,7 @@ def _check(cls: object, name: str, distribution: str) -> None:
         "aten_harmless",
         "vendor_overrides",
         "gaps",
+        "tuner",
         "evidence",
         "activate",
         "deactivate",

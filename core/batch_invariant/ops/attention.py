@@ -4,7 +4,7 @@ Order, for every query row on its own: scores as serial fp32 chains over the hea
 exact maximum; exp; the denominator and the weighted sum of values as serial chains over the
 keys, ascending; one division; one rounding. Keys that are masked add nothing, whatever they hold.
 So the result does not depend on left or right padding, nor on how many query rows are computed
-together.
+together. A backend that adds in blocks counts them from the first key that a row attends to.
 """
 
 from __future__ import annotations
