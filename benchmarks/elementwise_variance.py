@@ -8,19 +8,22 @@ NaN, infinities and huge values. Half of the values are drawn over many binades,
 
     python benchmarks/elementwise_variance.py --json docs/benchmarks/elementwise_variance.json
     python benchmarks/elementwise_variance.py --covered     # the same with our overrides in place
-    python benchmarks/elementwise_variance.py --device cuda --dtypes float32,bfloat16,float16
+    python benchmarks/elementwise_variance.py --device cuda --processes 12
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import multiprocessing
 import platform
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +236,7 @@ class Differences:
 
     def __init__(self, reference: list[torch.Tensor]) -> None:
         self.reference = reference
-        self.found: Counter[str] = Counter()
+        self.counts: list[tuple[str, torch.Tensor]] = []
 
     def add(self, context: str, got: list[torch.Tensor], where: Any = slice(None)) -> None:
         for a, b in zip(got, self.reference, strict=True):
@@ -241,16 +244,21 @@ class Differences:
             if a.is_complex():
                 a, b = torch.view_as_real(a).flatten(), torch.view_as_real(b).flatten()
             if not a.is_floating_point():
-                self.found[context] += int((a != b).sum())
+                self.counts.append((context, (a != b).sum()))
                 continue
             integer = INTEGERS[a.element_size()]
             differ = a.contiguous().view(integer) != b.contiguous().view(integer)
             payload = differ & a.isnan() & b.isnan()
-            self.found[context] += int((differ & ~payload).sum())
-            self.found["NaN payload"] += int(payload.sum())
+            self.counts.append((context, (differ & ~payload).sum()))
+            self.counts.append(("NaN payload", payload.sum()))
 
     def nonzero(self) -> dict[str, int]:
-        return {context: count for context, count in self.found.items() if count}
+        """The counts, read once at the end: a device would wait for each."""
+        found: Counter[str] = Counter()
+        counts = torch.stack([count for _, count in self.counts]).tolist()
+        for (context, _), count in zip(self.counts, counts, strict=True):
+            found[context] += count
+        return {context: count for context, count in found.items() if count}
 
 
 def measure(call: Call, dtype: torch.dtype, special: bool) -> dict[str, int]:
@@ -299,11 +307,14 @@ def measure(call: Call, dtype: torch.dtype, special: bool) -> dict[str, int]:
     return differences.nonzero()
 
 
-def survey(dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """Every call in every dtype: `{label: {dtype: {context: elements}}}`, and what cannot run."""
+def survey(dtypes: list[torch.dtype], part: int, parts: int) -> dict[str, Any]:
+    """Every call in every dtype: `{label: {dtype: {context: elements}}}`, and what cannot run.
+
+    Of `parts` processes this one takes each `parts`-th call, from `part` on.
+    """
     results: dict[str, dict[str, dict[str, int]]] = {}
     unsupported: dict[str, str] = {}
-    for call in calls():
+    for call in itertools.islice(calls(), part, None, parts):
         done = results.setdefault(call.label, {})
         reason = ""
         for dtype in dtypes:
@@ -322,6 +333,27 @@ def survey(dtypes: list[torch.dtype]) -> dict[str, Any]:
     return {"results": results, "unsupported": unsupported}
 
 
+def survey_part(part: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What one process finds."""
+    global DEVICE
+    DEVICE = options.device
+    warnings.simplefilter("ignore")
+    torch.set_grad_enabled(False)
+    library = None
+    if options.covered:
+        from batch_invariant.cpu import elementwise
+
+        library = torch.library.Library("aten", "IMPL")
+        for name, fn in elementwise.overrides().items():
+            library.impl(name, fn, "CPU", with_keyset=True)
+    try:
+        dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
+        return survey(dtypes, part, options.processes)
+    finally:
+        if library is not None:
+            library._destroy()
+
+
 def varies(found: dict[str, int]) -> bool:
     """Whether more changed than the payload of a NaN."""
     return any("NaN payload" not in context for context in found)
@@ -337,25 +369,18 @@ def main() -> int:
         default=",".join(str(dtype).removeprefix("torch.") for dtype in DTYPES),
         help="names with commas between; default: all",
     )
+    parser.add_argument("--processes", type=int, default=1, help="that share the operators")
     options = parser.parse_args()
     if options.covered and options.device != "cpu":
         parser.error("--covered: the overrides are the CPU's")
-    global DEVICE
-    DEVICE = options.device
-    warnings.simplefilter("ignore")
-    torch.set_grad_enabled(False)
-    library = None
-    if options.covered:
-        from batch_invariant.cpu import elementwise
-
-        library = torch.library.Library("aten", "IMPL")
-        for name, fn in elementwise.overrides().items():
-            library.impl(name, fn, "CPU", with_keyset=True)
-    try:
-        found = survey([getattr(torch, name) for name in options.dtypes.split(",")])
-    finally:
-        if library is not None:
-            library._destroy()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        parts = pool.map(survey_part, range(options.processes), itertools.repeat(options))
+        found: dict[str, dict[str, Any]] = {"results": {}, "unsupported": {}}
+        for part in parts:
+            for kind, entries in part.items():
+                found[kind].update(entries)
+    found = {kind: dict(sorted(entries.items())) for kind, entries in found.items()}
     varying = {
         label: {dtype: counts for dtype, counts in by_dtype.items() if varies(counts)}
         for label, by_dtype in found["results"].items()
