@@ -20,7 +20,7 @@ KERNELS = {
     "embedding": Kernel(
         fn=_embedding,
         guarantee=Guarantee.BATCH,
-        dtypes=frozenset((*FLOATS, torch.float64)),
+        dtypes=frozenset((*FLOATS, torch.float64, torch.complex64, torch.complex128)),
         order=undeclared("copies"),
         portable=frozenset((*FLOATS, torch.float64)),
     )
