@@ -19,7 +19,7 @@ def _embedding(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 KERNELS = {
     "embedding": Kernel(
         fn=_embedding,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64, torch.complex64, torch.complex128)),
         order=undeclared("copies"),
         portable=frozenset((*FLOATS, torch.float64)),

@@ -313,10 +313,10 @@ def _group_norm(
     return out.view(input.shape), mean.view(batch, num_groups), rstd.view(batch, num_groups)
 
 
-def _kernel(fn: Callable[..., Any]) -> Kernel:
+def _kernel(fn: Callable[..., Any], guarantee: Guarantee) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=guarantee,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=ROW_ORDER,
         portable=frozenset(FLOATS),
@@ -324,7 +324,7 @@ def _kernel(fn: Callable[..., Any]) -> Kernel:
 
 
 KERNELS = {
-    "rms_norm": _kernel(_rms_norm),
-    "layer_norm": _kernel(_layer_norm),
-    "group_norm": _kernel(_group_norm),
+    "rms_norm": _kernel(_rms_norm, Guarantee.SCHEDULE),
+    "layer_norm": _kernel(_layer_norm, Guarantee.SCHEDULE),
+    "group_norm": _kernel(_group_norm, Guarantee.BATCH),
 }

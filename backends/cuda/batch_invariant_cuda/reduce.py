@@ -422,7 +422,7 @@ def _logsumexp(self: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Ten
 def _kernel(fn: Callable[..., Any]) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=ROW_ORDER,
         portable=frozenset(FLOATS),
