@@ -19,7 +19,11 @@ from batch_invariant.ops.attention import check_attention
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.order import serial, undeclared
 from batch_invariant_cuda.attention_blocks import (
-    CHUNK,
+    ALONE,
+    BLOCK,
+    INSIDE,
+    MARK,
+    NOBODY,
     attention_blocks,
     combine,
     prepare_mask,
@@ -31,6 +35,7 @@ from batch_invariant_cuda.attention_chains import (
     NO_MASK,
     attention_chains,
 )
+from batch_invariant_cuda.attention_ring import attention_ring, rings
 from batch_invariant_cuda.row_launch import multiprocessors
 
 _WIDEST = 256  # head size whose tiles still fit
@@ -103,21 +108,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(rows: int, keys: int, widest: int, masked: bool) -> Tile:
+def tile(rows: int, keys: int, widest: int) -> Tile:
     """The tile for so many rows that share keys; any gives the same bits."""
-    stages = 3 if widest <= 128 else 2
+    stages = 2 if widest <= 128 and keys > BLOCK else 1
     if rows <= 16:
         return Tile(16, 4, stages)
     if widest > 128:
         return Tile(64, 8, stages)
-    if rows <= 64 or masked or keys <= CHUNK:
-        return Tile(64, 4, 2)  # two on a multiprocessor
-    return Tile(128, 8, stages)
+    return Tile(64, 4, 1) if rows <= 64 or keys <= 512 else Tile(128, 8, stages)
 
 
-def splits(tiles: int, processors: int) -> bool:
-    """Whether chunks of keys go to programs of their own; it changes no bit."""
-    return tiles < 2 * processors
+def run_of(tiles: int, blocks: int, processors: int) -> int:
+    """Blocks of keys that one program computes of its tile; it changes no bit."""
+    return -(-blocks // max(1, min(blocks, 2 * processors // max(tiles, 1))))
 
 
 def _blocks(
@@ -133,6 +136,12 @@ def _blocks(
     batch, heads, rows, size = q.shape
     kv_heads, keys, v_size = v.shape[1:]
     group = heads // max(kv_heads, 1)
+    odd = None
+    if mask is None and rings(q, k, v):
+        odd = torch.empty(lse.shape if is_causal else 1, dtype=torch.int8, device=q.device)
+        attention_ring(q, k, v, out, lse, odd, is_causal, factor * math.log2(math.e))
+        if not is_causal:
+            return
     first, strides, firsts = None, (0, 0, 0, 0), (0, 0, 0)
     if mask is not None:
         is_bool = mask.dtype == torch.bool
@@ -146,34 +155,48 @@ def _blocks(
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
     depth, v_depth = _padded(size), _padded(v_size)
-    how = tile(rows * group, keys, max(depth, v_depth), mask is not None)
-    blocks = -(-rows * group // how.rows)
-    tiles = batch * kv_heads * blocks
-    # A mask's first chunk begins before the first key of a row.
-    chunks = -(-keys // CHUNK) + (mask is not None)
-    split = chunks > 1 and splits(tiles, multiprocessors(q.device.index) if q.is_cuda else 1)
+    how = tile(rows * group, keys, max(depth, v_depth))
+    per_head = -(-rows * group // how.rows)
+    tiles = batch * kv_heads * per_head
+    # A mask's first block begins before the first key of a row.
+    blocks = -(-keys // BLOCK) + (mask is not None)
+    run = run_of(tiles, blocks, multiprocessors(q.device.index) if q.is_cuda else 1)
+    split = run < blocks and odd is None
     unit = 1 if any(stride % 8 for x in (q, k, v) for stride in x.stride()[:3]) else 8
     parts = None
     if split:
-        shape = (batch, heads, rows, chunks, v_size + 2)
+        shape = (batch, heads, rows, blocks, v_size + 2)
         parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-    attention_blocks(
-        tiles * chunks if split else tiles,
-        (q, k, v, mask, first, out, lse, parts),
-        (
-            heads, group, rows, keys, size, v_size, blocks, chunks,
-            *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides, *firsts,
-            factor * math.log2(math.e),
-        ),
-        (
-            how.rows, depth, v_depth, mask is not None, is_causal,
-            (depth, v_depth) == (size, v_size), split, split or chunks == 1, how.stages, unit,
-        ),
-        how.warps,
-    )  # fmt: skip
+    care = NOBODY
+    if mask is not None or is_causal:
+        care = INSIDE if how.rows <= 16 or split else MARK
+    cares = [care]
+    if odd is not None:
+        cares = [ALONE]
+    elif care == MARK:
+        odd = torch.empty(lse.shape, dtype=torch.int8, device=q.device)
+        cares = [MARK, ALONE]
+    for care in cares:
+        attention_blocks(
+            tiles * -(-blocks // run) if split else tiles,
+            (q, k, v, mask, first, out, lse, parts, odd),
+            (
+                heads, group, rows, keys, size, v_size, per_head, blocks, run,
+                *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides,
+                *firsts, factor * math.log2(math.e),
+            ),
+            (
+                how.rows, depth, v_depth, mask is not None, is_causal,
+                (depth, v_depth) == (size, v_size), split, care,
+                1 if care == ALONE else how.stages, unit,
+            ),
+            how.warps,
+        )  # fmt: skip
     if parts is not None:
-        numbers = (heads, rows, chunks, v_size)
-        combine(batch * heads * rows, (parts, out, lse), numbers, (v_depth,), 1)
+        part = min(v_depth, 32)
+        numbers = (heads, rows, blocks, v_size)
+        static = (part, v_depth // part, is_causal)
+        combine(batch * heads * rows * (v_depth // part), (parts, out, lse), numbers, static, 1)
 
 
 def _attention(
@@ -214,7 +237,7 @@ def _attention(
     return out.reshape(*lead, rows, v_size), lse.reshape(*lead, rows)
 
 
-_BLOCKWISE = undeclared("chunks of 512 keys, in blocks of 64 rescaled to the maximum so far")
+_BLOCKWISE = undeclared("blocks of 128 keys, merged ascending, rescaled to the maximum so far")
 
 KERNELS = {
     "scaled_dot_product_attention": Kernel(
