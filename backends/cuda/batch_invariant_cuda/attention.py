@@ -26,6 +26,7 @@ from batch_invariant_cuda.attention_blocks import (
     NOBODY,
     attention_blocks,
     combine,
+    mend,
     prepare_mask,
 )
 from batch_invariant_cuda.attention_chains import (
@@ -35,7 +36,7 @@ from batch_invariant_cuda.attention_chains import (
     NO_MASK,
     attention_chains,
 )
-from batch_invariant_cuda.attention_ring import attention_ring, rings
+from batch_invariant_cuda.attention_ring import few_rows, many_rows, takes_few, takes_many
 from batch_invariant_cuda.row_launch import multiprocessors
 
 _WIDEST = 256  # head size whose tiles still fit
@@ -123,6 +124,27 @@ def run_of(tiles: int, blocks: int, processors: int) -> int:
     return -(-blocks // max(1, min(blocks, 2 * processors // max(tiles, 1))))
 
 
+def _parts(q: torch.Tensor, blocks: int, v_size: int) -> torch.Tensor:
+    """Room for weighted sum, maximum and sum of each row over each block of keys."""
+    shape = (*q.shape[:3], blocks, v_size + 2)
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _combine(
+    parts: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, is_causal: bool
+) -> None:
+    if parts is None:
+        return
+    heads, rows, blocks = parts.shape[1:4]
+    v_size = out.size(3)
+    depth = _padded(v_size)
+    width = min(depth, 32)
+    combine(
+        lse.numel() * (depth // width), (parts, out, lse), (heads, rows, blocks, v_size),
+        (width, depth // width, is_causal), 1,
+    )  # fmt: skip
+
+
 def _blocks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -136,10 +158,19 @@ def _blocks(
     batch, heads, rows, size = q.shape
     kv_heads, keys, v_size = v.shape[1:]
     group = heads // max(kv_heads, 1)
+    processors = multiprocessors(q.device.index) if q.is_cuda else 1
     odd = None
-    if mask is None and rings(q, k, v):
-        odd = torch.empty(lse.shape if is_causal else 1, dtype=torch.int8, device=q.device)
-        attention_ring(q, k, v, out, lse, odd, is_causal, factor * math.log2(math.e))
+    if mask is None and not is_causal and takes_few(q, k, v):
+        blocks = -(-keys // BLOCK)
+        run = run_of(batch * kv_heads, blocks, processors)
+        parts = _parts(q, blocks, v_size) if run < blocks else None
+        few_rows(q, k, v, out, lse, parts, run, factor * math.log2(math.e))
+        _combine(parts, out, lse, is_causal)
+        return
+    if mask is None and takes_many(q, k, v):
+        cells = (batch, heads, -(-rows // 64)) if is_causal else (1,)
+        odd = torch.empty(cells, dtype=torch.int8, device=q.device)
+        many_rows(q, k, v, out, lse, odd, is_causal, factor * math.log2(math.e))
         if not is_causal:
             return
     first, strides, firsts = None, (0, 0, 0, 0), (0, 0, 0)
@@ -160,43 +191,33 @@ def _blocks(
     tiles = batch * kv_heads * per_head
     # A mask's first block begins before the first key of a row.
     blocks = -(-keys // BLOCK) + (mask is not None)
-    run = run_of(tiles, blocks, multiprocessors(q.device.index) if q.is_cuda else 1)
+    run = run_of(tiles, blocks, processors)
     split = run < blocks and odd is None
     unit = 1 if any(stride % 8 for x in (q, k, v) for stride in x.stride()[:3]) else 8
-    parts = None
-    if split:
-        shape = (batch, heads, rows, blocks, v_size + 2)
-        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-    care = NOBODY
-    if mask is not None or is_causal:
-        care = INSIDE if how.rows <= 16 or split else MARK
-    cares = [care]
+    parts = _parts(q, blocks, v_size) if split else None
+    programs = tiles * -(-blocks // run) if split else tiles
+    cell, care = 64, ALONE
+    if odd is None:
+        cell, care = 1, NOBODY
+        if mask is not None or is_causal:
+            care = INSIDE if how.rows <= 16 or split else MARK
+        if care == MARK:
+            odd = torch.empty(lse.shape, dtype=torch.int8, device=q.device)
+    tensors = (q, k, v, mask, first, out, lse, parts, odd)
+    numbers = (
+        heads, group, rows, keys, size, v_size, per_head, blocks, run, cell,
+        *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides,
+        *firsts, factor * math.log2(math.e),
+    )  # fmt: skip
+    whole = (depth, v_depth) == (size, v_size)
+    static = (how.rows, depth, v_depth, mask is not None, is_causal, whole, split)
+    if care != ALONE:
+        static_ = (*static, care, how.stages, unit)
+        attention_blocks(programs, tensors, numbers, static_, how.warps)
     if odd is not None:
-        cares = [ALONE]
-    elif care == MARK:
-        odd = torch.empty(lse.shape, dtype=torch.int8, device=q.device)
-        cares = [MARK, ALONE]
-    for care in cares:
-        attention_blocks(
-            tiles * -(-blocks // run) if split else tiles,
-            (q, k, v, mask, first, out, lse, parts, odd),
-            (
-                heads, group, rows, keys, size, v_size, per_head, blocks, run,
-                *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides,
-                *firsts, factor * math.log2(math.e),
-            ),
-            (
-                how.rows, depth, v_depth, mask is not None, is_causal,
-                (depth, v_depth) == (size, v_size), split, care,
-                1 if care == ALONE else how.stages, unit,
-            ),
-            how.warps,
-        )  # fmt: skip
-    if parts is not None:
-        part = min(v_depth, 32)
-        numbers = (heads, rows, blocks, v_size)
-        static = (part, v_depth // part, is_causal)
-        combine(batch * heads * rows * (v_depth // part), (parts, out, lse), numbers, static, 1)
+        some = min(tiles, processors)
+        mend(some, tensors, (*numbers, odd.numel(), tiles), (*static, ALONE, 1, unit), how.warps)
+    _combine(parts, out, lse, is_causal)
 
 
 def _attention(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from batch_invariant_cuda.row_launch import RowKernel
+from batch_invariant_cuda.rows import FEW, take_turn
 
 BLOCK = 128  # keys
 
@@ -189,17 +190,11 @@ def _finish(top, total, acc):
     return tl.where(none[:, None], 0.0, y), e
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "rows", "keys", "size", "v_size", "tiles", "blocks", "run",
-        "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-        "mask_batch", "mask_head", "mask_row", "mask_column",
-        "first_batch", "first_head", "first_row", "scale",
-    ]
-)  # fmt: skip
-def _attention_kernel(
+@triton.jit
+def _tile(
+    task,
     q, k, v, mask, first, out, lse, parts, odd,
-    heads, group, rows, keys, size, v_size, tiles, blocks, run,
+    heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
     BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
@@ -210,13 +205,12 @@ def _attention_kernel(
 
     SPLIT: `run` of the `blocks` of keys, to be put together with the others by `_combine_kernel`.
     CARE: who looks after odd values; MARK writes which rows have odd results to `odd`, ALONE
-    computes tiles that have any. Strides of q, k and v come divided by UNIT, so that the compiler
-    knows what they are multiples of.
+    computes the rows that `odd` names, which has a number for each `cell` rows of a head. Strides
+    of q, k and v come divided by UNIT, so that the compiler knows what they are multiples of.
     """
     q_batch, q_head, q_row = q_batch * UNIT, q_head * UNIT, q_row * UNIT
     k_batch, k_head, k_row = k_batch * UNIT, k_head * UNIT, k_row * UNIT
     v_batch, v_head, v_row = v_batch * UNIT, v_head * UNIT, v_row * UNIT
-    task = tl.program_id(0)
     piece = 0
     if SPLIT:
         runs = (blocks + run - 1) // run
@@ -233,9 +227,8 @@ def _attention_kernel(
     place = (batch * heads + head) * rows + row
     todo = valid
     if CARE == _ALONE:
-        todo = valid & (tl.load(odd + place, mask=valid, other=0) != 0)
-        if tl.max(todo.to(tl.int32), 0) == 0:
-            return
+        at = (batch * heads + head) * ((rows + cell - 1) // cell) + row // cell
+        todo = valid & (tl.load(odd + at, mask=valid, other=0) != 0)
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     from_k = k + batch * k_batch + kv_head * k_head
     from_v = v + batch * v_batch + kv_head * v_head
@@ -313,12 +306,69 @@ def _attention_kernel(
         more = tl.max(left, 0) >= 0
 
 
+_NUMBERS = [
+    "heads", "group", "rows", "keys", "size", "v_size", "tiles", "blocks", "run", "cell",
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
+    "mask_batch", "mask_head", "mask_row", "mask_column",
+    "first_batch", "first_head", "first_row", "scale",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _attention_kernel(
+    q, k, v, mask, first, out, lse, parts, odd,
+    heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
+    BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, CARE: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One tile, or one run of its keys."""
+    _tile(
+        tl.program_id(0), q, k, v, mask, first, out, lse, parts, odd,
+        heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+        q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+        mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
+        BM, D, DV, MASKED, CAUSAL, WHOLE, SPLIT, CARE, STAGES, UNIT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, "marks", "all_tiles"])
+def _mend_kernel(
+    q, k, v, mask, first, out, lse, parts, odd,
+    heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
+    marks, all_tiles,
+    BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, CARE: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The rows that are marked in `odd`, once more and carefully; mostly there are none."""
+    found = 0
+    for begin in tl.range(0, marks, 4096):
+        at = begin + tl.arange(0, 4096)
+        marked = tl.load(odd + at, mask=at < marks, other=0).to(tl.int32)
+        found = tl.maximum(found, tl.max(marked, 0))
+    if found != 0:
+        for task in tl.range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+            _tile(
+                task, q, k, v, mask, first, out, lse, parts, odd,
+                heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+                q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+                mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row,
+                scale, BM, D, DV, MASKED, CAUSAL, WHOLE, SPLIT, CARE, STAGES, UNIT,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "blocks", "v_size"])
 def _combine_kernel(
     parts, out, lse, heads, rows, blocks, v_size,
     PART: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """PART columns of one row from its blocks."""
+    take_turn()
     columns = tl.program_id(0) % PARTS * PART + tl.arange(0, PART)
     task = (tl.program_id(0) // PARTS).to(tl.int64)
     row, head, batch = task % rows, task // rows % heads, task // rows // heads
@@ -346,4 +396,5 @@ def _combine_kernel(
 
 prepare_mask = RowKernel(_mask_kernel)
 attention_blocks = RowKernel(_attention_kernel)
-combine = RowKernel(_combine_kernel)
+mend = RowKernel(_mend_kernel)
+combine = RowKernel(_combine_kernel, overlaps=FEW.value)

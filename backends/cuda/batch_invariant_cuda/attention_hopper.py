@@ -5,7 +5,7 @@ compute 64 rows each, so that the matrix units work for one while the other take
 Order as in `attention_blocks`: blocks of 128 keys from the sequence's first, merged ascending.
 """
 
-# ruff: noqa: RUF005, SIM102  (compiled by Triton, which knows less of Python)
+# ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language import PropagateNan
 
 ROWS = 128  # of a tile, in two halves
 KEYS = 128  # of a block
@@ -24,6 +25,7 @@ KEYS = 128  # of a block
 _ROWS = gl.constexpr(ROWS)
 _HALF = gl.constexpr(ROWS // 2)
 _KEYS = gl.constexpr(KEYS)
+_ALL = gl.constexpr(PropagateNan.ALL)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -42,63 +44,76 @@ def _place(unit, heads, blocks, section):
 
 @gluon.jit
 def _turn(turn, units):
-    """The unit of a program's turn: forwards and backwards in turns, so that long rows even out."""
+    """The unit of a program's turn: forwards and backwards in turns, so that long rows even out.
+
+    Behind a program's last turn it is some unit: its first copies are made, and not used.
+    """
     programs = gl.num_programs(0)
     own = gl.program_id(0)
-    return turn * programs + gl.where(turn % 2 == 0, own, programs - 1 - own)
+    unit = turn * programs + gl.where(turn % 2 == 0, own, programs - 1 - own)
+    return gl.minimum(unit, units - 1)
+
+
+@gluon.jit
+def _turns(units):
+    """How many units a program has."""
+    programs = gl.num_programs(0)
+    whole = units // programs
+    own = gl.program_id(0)
+    place = gl.where(whole % 2 == 0, own, programs - 1 - own)
+    return whole + (place < units - whole * programs).to(gl.int32)
 
 
 @gluon.jit
 def _ends(block, keys, shift, CAUSAL: gl.constexpr):
-    """Blocks of keys that all rows of a tile attend to, and blocks that some do."""
+    """Blocks of keys that all rows of a tile attend to, and blocks that some do: at least one."""
     end = keys
     full = keys
     if CAUSAL:
-        end = gl.maximum(gl.minimum(keys, block * _ROWS + _ROWS + shift), 0)
+        end = gl.minimum(keys, block * _ROWS + _ROWS + shift)
         full = gl.maximum(gl.minimum(keys, block * _ROWS + 1 + shift), 0)
-    return full // _KEYS, (end + _KEYS - 1) // _KEYS
+    end = gl.maximum((end + _KEYS - 1) // _KEYS, 1)
+    return gl.minimum(full // _KEYS, end - 1), end
 
 
 @gluon.jit
 def _copy(
     qd, kd, vd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-    heads, q_heads, group, keys, shift, blocks, section, turns, units,
+    heads, q_heads, group, keys, shift, blocks, section, units,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     step = 0
-    for turn in range(0, turns):
-        unit = _turn(turn, units)
-        if unit < units:
-            head, block = _place(unit, heads, blocks, section)
-            batch, head = head // q_heads, head % q_heads
-            kv_head = head // group
-            _, end = _ends(block, keys, shift, CAUSAL)
-            slot = turn % 2
-            mbarrier.wait(q_free.index(slot), (turn // 2 & 1) ^ 1)
-            bar = q_full.index(slot)
-            mbarrier.expect(bar, _ROWS * D * 2)
-            for half in gl.static_range(2):
-                tma.async_copy_global_to_shared(
-                    qd, [batch, head, block * _ROWS + half * _HALF, 0], bar,
-                    qbuf.index(slot * 2 + half),
-                )  # fmt: skip
-            for j in range(0, end):
-                slot = step % STAGES
-                phase = (step // STAGES & 1) ^ 1
-                mbarrier.wait(k_free.index(slot), phase)
-                bar = k_full.index(slot)
-                mbarrier.expect(bar, _KEYS * D * 2)
-                tma.async_copy_global_to_shared(
-                    kd, [batch, kv_head, j * _KEYS, 0], bar, kbuf.index(slot)
-                )
+    turns = _turns(units)
+    for turn in range(0, turns + 1):
+        head, block = _place(_turn(turn, units), heads, blocks, section)
+        batch, head = head // q_heads, head % q_heads
+        kv_head = head // group
+        _, end = _ends(block, keys, shift, CAUSAL)
+        end = gl.where(turn < turns, end, 1)
+        slot = turn % 3
+        mbarrier.wait(q_free.index(slot), (turn // 3 & 1) ^ 1)
+        bar = q_full.index(slot)
+        mbarrier.expect(bar, _ROWS * D * 2)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                qd, [batch, head, block * _ROWS + half * _HALF, 0], bar,
+                qbuf.index(slot * 2 + half),
+            )  # fmt: skip
+        for j in range(0, end):
+            slot = step % STAGES
+            phase = (step // STAGES & 1) ^ 1
+            mbarrier.wait(k_free.index(slot), phase)
+            bar = k_full.index(slot)
+            mbarrier.expect(bar, _KEYS * D * 2)
+            at = [batch, kv_head, j * _KEYS, 0]
+            tma.async_copy_global_to_shared(kd, at, bar, kbuf.index(slot))
+            if turn < turns:
                 mbarrier.wait(v_free.index(slot), phase)
                 bar = v_full.index(slot)
                 mbarrier.expect(bar, _KEYS * D * 2)
-                tma.async_copy_global_to_shared(
-                    vd, [batch, kv_head, j * _KEYS, 0], bar, vbuf.index(slot)
-                )
-                step += 1
+                tma.async_copy_global_to_shared(vd, at, bar, vbuf.index(slot))
+            step += 1
 
 
 @gluon.jit
@@ -143,14 +158,16 @@ def _scores(q, kbuf, k_full, k_free, step, D: gl.constexpr, STAGES: gl.constexpr
 
 
 @gluon.jit
-def _step(
-    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, row, begin, keys,
-    shift, scale, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    CAUSAL: gl.constexpr, MORE: gl.constexpr,
+def _weigh(
+    top, total, s, vbuf, v_full, step, row, begin, keys, shift, scale,
+    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The state after a block of scores s; and the scores of the next block if there are MORE."""
+    """Begins the weighted sum of a block of values; new maximum and sum, and the factors of both
+    weighted sums."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    next_top, next_total, p = _weights(s, row, begin, keys, shift, scale, vbuf.dtype, MASKED, CAUSAL)
+    next_top, next_total, p = _weights(
+        s, row, begin, keys, shift, scale, vbuf.dtype, MASKED, CAUSAL
+    )
     p = gl.convert_layout(p, gl.DotOperandLayout(0, LAYOUT, 2))
     slot = step % STAGES
     mbarrier.wait(v_full.index(slot), step // STAGES & 1)
@@ -164,22 +181,58 @@ def _step(
     zero = gl.zeros([_HALF, D], gl.float32, LAYOUT)
     old = zero + gl.convert_layout(shrink, gl.SliceLayout(1, LAYOUT))[:, None]
     new = zero + gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
+    return highest, total, part, old, new
+
+
+@gluon.jit
+def _step(
+    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, row, begin, keys,
+    shift, scale, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """The state after a block of scores s, and the scores of the next block."""
+    top, total, part, old, new = _weigh(
+        top, total, s, vbuf, v_full, step, row, begin, keys, shift, scale, D, STAGES, MASKED, CAUSAL
+    )
     part = warpgroup_mma_wait(0, deps=[part])
-    mbarrier.arrive(v_free.index(slot))
-    if MORE:
-        following = _scores(q, kbuf, k_full, k_free, step + 1, D, STAGES)
-        acc = gl.fma(part, new, acc * old)
-        s = warpgroup_mma_wait(0, deps=[following])
-        mbarrier.arrive(k_free.index((step + 1) % STAGES))
-    else:
-        acc = gl.fma(part, new, acc * old)
-    return highest, total, acc, s
+    mbarrier.arrive(v_free.index(step % STAGES))
+    following = _scores(q, kbuf, k_full, k_free, step + 1, D, STAGES)
+    acc = gl.fma(part, new, acc * old)
+    s = warpgroup_mma_wait(0, deps=[following])
+    mbarrier.arrive(k_free.index((step + 1) % STAGES))
+    return top, total, acc, s
+
+
+@gluon.jit
+def _larger(a, b):
+    return gl.maximum(a, b, propagate_nan=_ALL)
+
+
+@gluon.jit
+def _finish(od, lse, odd, buf, top, total, acc, head, q_heads, rows, row, at, CAUSAL: gl.constexpr):
+    """Writes 64 rows; the copy of the results goes on by itself."""
+    D: gl.constexpr = acc.shape[1]
+    LAYOUT: gl.constexpr = acc.type.layout
+    none = total == 0.0
+    share = gl.div_rn(1.0, gl.where(none, 1.0, total))
+    e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
+    gl.store(lse + head.to(gl.int64) * rows + row, e, mask=row < rows)
+    # + 0.0: blocks that change nothing make +0 of -0, and which are walked may vary.
+    share = gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
+    y = acc * (gl.zeros([_HALF, D], gl.float32, LAYOUT) + share) + 0.0
+    buf.reshape([_HALF, D]).store(y.to(od.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(od, [head // q_heads, head % q_heads, at, 0], buf)
+    if CAUSAL:
+        largest = gl.reduce(gl.reduce(gl.abs(acc), 1, _larger), 0, _larger)
+        to = odd + head * ((rows + _HALF - 1) // _HALF) + at // _HALF
+        gl.store(to, (~(largest < float("inf"))).to(gl.int8), mask=at < rows)
 
 
 @gluon.jit
 def _attend(
     od, lse, odd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-    heads, q_heads, rows, keys, shift, blocks, section, turns, units, scale,
+    heads, q_heads, rows, keys, shift, blocks, section, units, scale,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One computing group of four warps: one half of the rows of every tile."""
@@ -187,77 +240,80 @@ def _attend(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     step = 0
-    for turn in range(0, turns):
-        unit = _turn(turn, units)
-        if unit < units:
-            head, block = _place(unit, heads, blocks, section)
-            full, end = _ends(block, keys, shift, CAUSAL)
-            row = block * _ROWS + WHICH * _HALF + gl.arange(0, _HALF, ROW)
-            mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
-            buf = qbuf.index(turn % 2 * 2 + WHICH)
-            q = buf.reshape([_HALF, D])
-            top = gl.full([_HALF], float("-inf"), gl.float32, ROW)
-            total = gl.zeros([_HALF], gl.float32, ROW)
-            acc = gl.zeros([_HALF, D], gl.float32, LAYOUT)
-            if end > 0:
-                s = _scores(q, kbuf, k_full, k_free, step, D, STAGES)
-                s = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(k_free.index(step % STAGES))
-                full = gl.minimum(full, end - 1)
-                for j in range(0, full):
-                    top, total, acc, s = _step(
-                        top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                        row, j * _KEYS, keys, shift, scale, D, STAGES, False, CAUSAL, True,
-                    )  # fmt: skip
-                    step += 1
-                for j in range(full, end - 1):
-                    top, total, acc, s = _step(
-                        top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                        row, j * _KEYS, keys, shift, scale, D, STAGES, True, CAUSAL, True,
-                    )  # fmt: skip
-                    step += 1
-                top, total, acc, s = _step(
-                    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                    row, (end - 1) * _KEYS, keys, shift, scale, D, STAGES, True, CAUSAL, False,
-                )  # fmt: skip
-                step += 1
-            if CAUSAL:
-                strange = gl.max(gl.where(acc - acc == 0.0, 0, 1), 1).to(gl.int8)
-                at = block * _ROWS + WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, LAYOUT))
-                gl.store(odd + head.to(gl.int64) * rows + at, strange, mask=at < rows)
-            none = total == 0.0
-            share = gl.div_rn(1.0, gl.where(none, 1.0, total))
-            e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
-            gl.store(lse + head.to(gl.int64) * rows + row, e, mask=row < rows)
-            # + 0.0: blocks that change nothing make +0 of -0, and which are walked may vary.
-            zero = gl.zeros([_HALF, D], gl.float32, LAYOUT)
-            share = zero + gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
-            y = acc * share + 0.0
-            buf.reshape([_HALF, D]).store(y.to(od.dtype))
-            fence_async_shared()
-            at = block * _ROWS + WHICH * _HALF
-            tma.async_copy_shared_to_global(od, [head // q_heads, head % q_heads, at, 0], buf)
-            tma.store_wait(0)
-            mbarrier.arrive(q_free.index(turn % 2))
+    mbarrier.wait(q_full.index(0), 0)
+    q = qbuf.index(WHICH).reshape([_HALF, D])
+    s = _scores(q, kbuf, k_full, k_free, 0, D, STAGES)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(0))
+    for turn in range(0, _turns(units)):
+        head, block = _place(_turn(turn, units), heads, blocks, section)
+        full, end = _ends(block, keys, shift, CAUSAL)
+        at = block * _ROWS + WHICH * _HALF
+        row = at + gl.arange(0, _HALF, ROW)
+        buf = qbuf.index(turn % 3 * 2 + WHICH)
+        q = buf.reshape([_HALF, D])
+        top = gl.full([_HALF], float("-inf"), gl.float32, ROW)
+        total = gl.zeros([_HALF], gl.float32, ROW)
+        acc = gl.zeros([_HALF, D], gl.float32, LAYOUT)
+        for j in range(0, full):
+            top, total, acc, s = _step(
+                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
+                row, j * _KEYS, keys, shift, scale, D, STAGES, False, CAUSAL,
+            )  # fmt: skip
+            step += 1
+        for j in range(full, end - 1):
+            top, total, acc, s = _step(
+                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
+                row, j * _KEYS, keys, shift, scale, D, STAGES, True, CAUSAL,
+            )  # fmt: skip
+            step += 1
+        top, total, part, old, new = _weigh(
+            top, total, s, vbuf, v_full, step, row, (end - 1) * _KEYS, keys, shift, scale,
+            D, STAGES, True, CAUSAL,
+        )  # fmt: skip
+        # The results of the turn before have left its buffer by now.
+        tma.store_wait(0)
+        mbarrier.arrive(q_free.index((turn + 2) % 3), pred=turn > 0)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(v_free.index(step % STAGES))
+        step += 1
+        # The first scores of the next turn are computed while this one's results are written.
+        slot = (turn + 1) % 3
+        mbarrier.wait(q_full.index(slot), (turn + 1) // 3 & 1)
+        q = qbuf.index(slot * 2 + WHICH).reshape([_HALF, D])
+        following = _scores(q, kbuf, k_full, k_free, step, D, STAGES)
+        acc = gl.fma(part, new, acc * old)
+        _finish(od, lse, odd, buf, top, total, acc, head, q_heads, rows, row, at, CAUSAL)
+        s = warpgroup_mma_wait(0, deps=[following])
+        mbarrier.arrive(k_free.index(step % STAGES))
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "q_heads", "group", "rows", "keys", "shift", "blocks", "section", "turns", "units"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "q_heads", "group", "rows", "keys", "shift", "blocks", "section", "units"
+    ]
+)  # fmt: skip
 def attention_ring(
     qd, kd, vd, od, lse, odd,
-    heads, q_heads, group, rows, keys, shift, blocks, section, turns, units, scale: gl.float32,
+    heads, q_heads, group, rows, keys, shift, blocks, section, units, scale: gl.float32,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """heads: of all batches. shift: row r attends to keys up to r + shift, where CAUSAL."""
-    qbuf = gl.allocate_shared_memory(qd.dtype, [4] + qd.block_type.shape, qd.layout)
+    """128 rows of a head at a time; heads: of all batches; blocks: of rows.
+
+    shift: row r attends to keys up to r + shift, where CAUSAL. Then `odd` says of each 64 rows of a
+    head whether some result is not finite.
+    """
+    qbuf = gl.allocate_shared_memory(qd.dtype, [6] + qd.block_type.shape, qd.layout)
     kbuf = gl.allocate_shared_memory(kd.dtype, [STAGES] + kd.block_type.shape, kd.layout)
     vbuf = gl.allocate_shared_memory(vd.dtype, [STAGES] + vd.block_type.shape, vd.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(3):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=2)
     for i in gl.static_range(STAGES):
@@ -270,17 +326,17 @@ def attention_ring(
         [
             (_attend, (
                 od, lse, odd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, q_heads, rows, keys, shift, blocks, section, turns, units, scale,
+                heads, q_heads, rows, keys, shift, blocks, section, units, scale,
                 0, D, STAGES, CAUSAL,
             )),
             (_attend, (
                 od, lse, odd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, q_heads, rows, keys, shift, blocks, section, turns, units, scale,
+                heads, q_heads, rows, keys, shift, blocks, section, units, scale,
                 1, D, STAGES, CAUSAL,
             )),
             (_copy, (
                 qd, kd, vd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, q_heads, group, keys, shift, blocks, section, turns, units,
+                heads, q_heads, group, keys, shift, blocks, section, units,
                 D, STAGES, CAUSAL,
             )),
         ],

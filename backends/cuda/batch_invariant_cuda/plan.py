@@ -100,7 +100,7 @@ def _ready(one: Launch) -> Callable[..., None] | None:
     kernel, grid, arguments, options = one
     compiled = kernel.warmup(**arguments, **options, grid=(grid,))
     runner = compiled.run
-    launch = _launcher(runner)
+    launch = launcher(runner)
     if launch is None:
         return None
     names = [*inspect.signature(kernel.fn).parameters]
@@ -189,7 +189,7 @@ def _known_triton() -> bool:
     return str(triton.__version__).startswith("3.6.")
 
 
-def _launcher(runner: Any) -> Callable[..., Any] | None:
+def launcher(runner: Any) -> Callable[..., Any] | None:
     """The compiled launch function inside Triton's launcher, which parses descriptors itself."""
     if not _known_triton() or runner.global_scratch_size or runner.profile_scratch_size:
         return None
