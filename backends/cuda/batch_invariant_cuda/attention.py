@@ -141,7 +141,7 @@ def _combine(
     width = min(depth, 32)
     combine(
         lse.numel() * (depth // width), (parts, out, lse), (heads, rows, blocks, v_size),
-        (width, depth // width, is_causal), 1,
+        (width, depth // width, 4 if blocks <= 4 else 32, is_causal), 1,
     )  # fmt: skip
 
 

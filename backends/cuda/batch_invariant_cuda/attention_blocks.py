@@ -365,7 +365,7 @@ def _mend_kernel(
 @triton.jit(do_not_specialize=["heads", "rows", "blocks", "v_size"])
 def _combine_kernel(
     parts, out, lse, heads, rows, blocks, v_size,
-    PART: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, BATCH: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """PART columns of one row from its blocks."""
     take_turn()
@@ -377,16 +377,22 @@ def _combine_kernel(
     top = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, PART), tl.float32)
-    at = parts + task * blocks * (v_size + 2)
     count = blocks
     if CAUSAL:
         count = tl.minimum(count, (row // _BLOCK + 1).to(tl.int32))
-    for _ in tl.range(0, count, loop_unroll_factor=16):
-        next_acc = tl.load(at + columns[None, :], mask=there, other=0.0)
-        next_top = tl.load(at + v_size + one)
-        next_total = tl.load(at + v_size + 1 + one)
-        top, total, acc = _merge(top, total, acc, next_top, next_total, next_acc)
-        at += v_size + 2
+    for begin in tl.range(0, count, BATCH):
+        # All loads of a batch are on their way before the first is used.
+        held = ()
+        for i in tl.static_range(BATCH):
+            block = begin + i
+            at = parts + (task * blocks + block) * (v_size + 2)
+            mine = block + one < count
+            next_top = tl.load(at + v_size + one, mask=mine, other=float("-inf"))
+            next_total = tl.load(at + v_size + 1 + one, mask=mine, other=0.0)
+            next_acc = tl.load(at + columns[None, :], mask=there & mine[None, :], other=0.0)
+            held = held + ((next_top, next_total, next_acc),)
+        for i in tl.static_range(BATCH):
+            top, total, acc = _merge(top, total, acc, held[i][0], held[i][1], held[i][2])
     y, e = _finish(top, total, acc)
     to = out + ((batch * rows + row) * heads + head) * v_size
     tl.store(to + columns[None, :], y.to(out.dtype.element_ty), mask=there)

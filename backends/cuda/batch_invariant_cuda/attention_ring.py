@@ -10,7 +10,7 @@ import torch
 from batch_invariant_cuda.row_launch import multiprocessors
 
 _STAGES = 2
-SECTION = 16 << 20  # bytes of keys and values that stay in the cache while they are used
+SECTION = 64 << 20  # bytes of keys and values that stay in the cache while they are used
 _SIZES = (64, 128)
 _MANY = 64  # rows; fewer leave most of a tile empty
 _MAPS_KEPT = 4096
