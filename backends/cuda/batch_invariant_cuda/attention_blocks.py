@@ -12,6 +12,7 @@ masked keys before or behind its own: padding on either side, packing, a sliding
 `attention_hopper` computes the same on Hopper, faster.
 """
 
+# ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
 import triton
@@ -31,10 +32,10 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 _FAR = tl.constexpr(1e4)
 
 # Who looks after infinite and NaN values of masked keys: nobody (no key is masked, or none can be
-# odd); the loop itself; a second launch for the rows that the first one marks. The loop itself
-# would need too many registers for many rows.
-NOBODY, INSIDE, MARK, ALONE = range(4)
-_INSIDE, _MARK, _ALONE = tl.constexpr(INSIDE), tl.constexpr(MARK), tl.constexpr(ALONE)
+# odd); the loop itself; a second launch, if the first one marks an odd result. The loop itself
+# needs too many registers for many rows.
+NOBODY, INSIDE, MARK = range(3)
+_INSIDE, _MARK = tl.constexpr(INSIDE), tl.constexpr(MARK)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "batch_", "head_", "row_", "column_"])
@@ -167,15 +168,11 @@ def _block(
         tile_v = tl.load(at, mask=there[:, None], other=0.0)
     else:
         tile_v = tl.load(at, mask=there[:, None] & (dv[None, :] < v_size), other=0.0)
-    if CARE == _ALONE:
-        acc = tl.dot(p, tl.where(tile_v - tile_v == 0.0, tile_v, 0.0))
-        acc = _add_odd(acc, p, v, v_row, from_, keys, takes_part, v_size)
-    else:
-        acc = tl.dot(p, tile_v)
-        if CARE == _INSIDE:  # noqa: SIM102
-            if tl.max(tl.max(tl.where(acc - acc == 0.0, 0, 1), 1), 0) != 0:
-                acc = tl.dot(p, tl.where(tile_v - tile_v == 0.0, tile_v, 0.0))
-                acc = _add_odd(acc, p, v, v_row, from_, keys, takes_part, v_size)
+    acc = tl.dot(p, tile_v)
+    if CARE == _INSIDE:  # noqa: SIM102  (a constexpr, and a number on the device)
+        if tl.max(tl.max(tl.where(acc - acc == 0.0, 0, 1), 1), 0) != 0:
+            acc = tl.dot(p, tl.where(tile_v - tile_v == 0.0, tile_v, 0.0))
+            acc = _add_odd(acc, p, v, v_row, from_, keys, takes_part, v_size)
     return top, total, acc
 
 
@@ -194,7 +191,7 @@ def _finish(top, total, acc):
 def _tile(
     task,
     q, k, v, mask, first, out, lse, parts, odd,
-    heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+    heads, group, rows, keys, size, v_size, tiles, blocks, run,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
     BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
@@ -204,8 +201,7 @@ def _tile(
     """BM rows of the heads that share a key head: row 0 of each head, row 1 of each, ...
 
     SPLIT: `run` of the `blocks` of keys, to be put together with the others by `_combine_kernel`.
-    CARE: who looks after odd values; MARK writes which rows have odd results to `odd`, ALONE
-    computes the rows that `odd` names, which has a number for each `cell` rows of a head. Strides
+    CARE: who looks after odd values; MARK writes to `odd` whether a tile has odd results. Strides
     of q, k and v come divided by UNIT, so that the compiler knows what they are multiples of.
     """
     q_batch, q_head, q_row = q_batch * UNIT, q_head * UNIT, q_row * UNIT
@@ -225,10 +221,6 @@ def _tile(
     head = kv_head * group + index % group
     valid = row < rows
     place = (batch * heads + head) * rows + row
-    todo = valid
-    if CARE == _ALONE:
-        at = (batch * heads + head) * ((rows + cell - 1) // cell) + row // cell
-        todo = valid & (tl.load(odd + at, mask=valid, other=0) != 0)
     d, dv = tl.arange(0, D), tl.arange(0, DV)
     from_k = k + batch * k_batch + kv_head * k_head
     from_v = v + batch * v_batch + kv_head * v_head
@@ -248,7 +240,8 @@ def _tile(
         mask_rows = batch * mask_batch + head * mask_head + row.to(tl.int64) * mask_row
         at = batch * first_batch + head * first_head + row.to(tl.int64) * first_row
         starts = tl.load(first + at, mask=valid, other=_NOWHERE)
-    left = tl.where(todo, starts, -1)
+    left = tl.where(valid, starts, -1)
+    marked = 0
     more = tl.max(left, 0) >= 0
     while more:
         # Rows whose keys begin at different places have their blocks at different places.
@@ -270,7 +263,7 @@ def _tile(
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, DV), tl.float32)
         middle = begin
-        if not MASKED and not SPLIT and CARE != _ALONE:
+        if not MASKED and not SPLIT:
             whole = tl.maximum(tl.minimum(full, last) - begin, 0) // _BLOCK
             middle = begin + whole * _BLOCK
             for block in tl.range(0, whole, num_stages=STAGES):
@@ -300,14 +293,16 @@ def _tile(
             tl.store(to[:, None] + dv[None, :], y.to(out.dtype.element_ty), mask=stored)
             tl.store(lse + place, e, mask=active)
             if CARE == _MARK:
-                strange = tl.max(tl.where(acc - acc == 0.0, 0, 1), 1)
-                tl.store(odd + place, strange.to(tl.int8), mask=active)
+                strange = active[:, None] & (acc - acc != 0.0)
+                marked = tl.maximum(marked, tl.max(tl.max(strange.to(tl.int32), 1), 0))
         left = tl.where(active, -1, left)
         more = tl.max(left, 0) >= 0
+    if CARE == _MARK:
+        tl.store(odd + task, marked.to(tl.int8))
 
 
 _NUMBERS = [
-    "heads", "group", "rows", "keys", "size", "v_size", "tiles", "blocks", "run", "cell",
+    "heads", "group", "rows", "keys", "size", "v_size", "tiles", "blocks", "run",
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "mask_batch", "mask_head", "mask_row", "mask_column",
     "first_batch", "first_head", "first_row", "scale",
@@ -317,7 +312,7 @@ _NUMBERS = [
 @triton.jit(do_not_specialize=_NUMBERS)
 def _attention_kernel(
     q, k, v, mask, first, out, lse, parts, odd,
-    heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+    heads, group, rows, keys, size, v_size, tiles, blocks, run,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
     BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr,
@@ -327,7 +322,7 @@ def _attention_kernel(
     """One tile, or one run of its keys."""
     _tile(
         tl.program_id(0), q, k, v, mask, first, out, lse, parts, odd,
-        heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+        heads, group, rows, keys, size, v_size, tiles, blocks, run,
         q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
         mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
         BM, D, DV, MASKED, CAUSAL, WHOLE, SPLIT, CARE, STAGES, UNIT,
@@ -337,7 +332,7 @@ def _attention_kernel(
 @triton.jit(do_not_specialize=[*_NUMBERS, "marks", "all_tiles"])
 def _mend_kernel(
     q, k, v, mask, first, out, lse, parts, odd,
-    heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+    heads, group, rows, keys, size, v_size, tiles, blocks, run,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
     marks, all_tiles,
@@ -345,7 +340,7 @@ def _mend_kernel(
     CAUSAL: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, CARE: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The rows that are marked in `odd`, once more and carefully; mostly there are none."""
+    """All rows once more and carefully, if there is a mark in `odd`; mostly there is none."""
     found = 0
     for begin in tl.range(0, marks, 4096):
         at = begin + tl.arange(0, 4096)
@@ -355,7 +350,7 @@ def _mend_kernel(
         for task in tl.range(tl.program_id(0), all_tiles, tl.num_programs(0)):
             _tile(
                 task, q, k, v, mask, first, out, lse, parts, odd,
-                heads, group, rows, keys, size, v_size, tiles, blocks, run, cell,
+                heads, group, rows, keys, size, v_size, tiles, blocks, run,
                 q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                 mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row,
                 scale, BM, D, DV, MASKED, CAUSAL, WHOLE, SPLIT, CARE, STAGES, UNIT,

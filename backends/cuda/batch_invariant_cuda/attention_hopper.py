@@ -209,7 +209,7 @@ def _larger(a, b):
 
 
 @gluon.jit
-def _finish(od, lse, odd, buf, top, total, acc, head, q_heads, rows, row, at, CAUSAL: gl.constexpr):
+def _finish(od, lse, buf, top, total, acc, head, q_heads, rows, row, at):
     """Writes 64 rows; the copy of the results goes on by itself."""
     D: gl.constexpr = acc.shape[1]
     LAYOUT: gl.constexpr = acc.type.layout
@@ -223,10 +223,6 @@ def _finish(od, lse, odd, buf, top, total, acc, head, q_heads, rows, row, at, CA
     buf.reshape([_HALF, D]).store(y.to(od.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(od, [head // q_heads, head % q_heads, at, 0], buf)
-    if CAUSAL:
-        largest = gl.reduce(gl.reduce(gl.abs(acc), 1, _larger), 0, _larger)
-        to = odd + head * ((rows + _HALF - 1) // _HALF) + at // _HALF
-        gl.store(to, (~(largest < float("inf"))).to(gl.int8), mask=at < rows)
 
 
 @gluon.jit
@@ -240,6 +236,7 @@ def _attend(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     step = 0
+    largest = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, LAYOUT))
     mbarrier.wait(q_full.index(0), 0)
     q = qbuf.index(WHICH).reshape([_HALF, D])
     s = _scores(q, kbuf, k_full, k_free, 0, D, STAGES)
@@ -283,10 +280,15 @@ def _attend(
         q = qbuf.index(slot * 2 + WHICH).reshape([_HALF, D])
         following = _scores(q, kbuf, k_full, k_free, step, D, STAGES)
         acc = gl.fma(part, new, acc * old)
-        _finish(od, lse, odd, buf, top, total, acc, head, q_heads, rows, row, at, CAUSAL)
+        if CAUSAL:
+            largest = _larger(largest, gl.reduce(gl.abs(acc), 1, _larger))
+        _finish(od, lse, buf, top, total, acc, head, q_heads, rows, row, at)
         s = warpgroup_mma_wait(0, deps=[following])
         mbarrier.arrive(k_free.index(step % STAGES))
     tma.store_wait(0)
+    if CAUSAL:
+        finite = gl.reduce(largest, 0, _larger) < float("inf")
+        gl.store(odd + gl.program_id(0) * 2 + WHICH, gl.where(finite, 0, 1).to(gl.int8))
 
 
 @gluon.jit(
@@ -301,8 +303,8 @@ def attention_ring(
 ):  # fmt: skip
     """128 rows of a head at a time; heads: of all batches; blocks: of rows.
 
-    shift: row r attends to keys up to r + shift, where CAUSAL. Then `odd` says of each 64 rows of a
-    head whether some result is not finite.
+    shift: row r attends to keys up to r + shift, where CAUSAL. Then `odd` says for each computing
+    group whether some result of its rows is not finite.
     """
     qbuf = gl.allocate_shared_memory(qd.dtype, [6] + qd.block_type.shape, qd.layout)
     kbuf = gl.allocate_shared_memory(kd.dtype, [STAGES] + kd.block_type.shape, kd.layout)

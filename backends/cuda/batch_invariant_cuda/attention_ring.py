@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
+from batch_invariant_cuda.attention_hopper import KEYS, ROWS, attention_ring
+from batch_invariant_cuda.attention_step import attention_step
+from batch_invariant_cuda.launch import DTYPES
+from batch_invariant_cuda.plan import Maps, launcher
 from batch_invariant_cuda.row_launch import multiprocessors
 
 _STAGES = 2
 SECTION = 64 << 20  # bytes of keys and values that stay in the cache while they are used
 _SIZES = (64, 128)
 _MANY = 64  # rows; fewer leave most of a tile empty
-_MAPS_KEPT = 4096
 
 
 @cache
@@ -47,25 +53,15 @@ def takes_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return shared <= 16 and _fits(q, k, v)
 
 
-class _Described:
-    """A tensor that is copied in boxes of so many rows."""
+def _described(x: torch.Tensor, rows: int) -> GluonDescriptor:
+    """A tensor of rank 4 that is copied in boxes of so many rows of one head."""
+    box = [1, 1, rows, x.size(3)]
+    layout = NVMMASharedLayout.get_default_for(box, DTYPES[x.dtype])
+    strides = [step if n > 1 else 8 for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return GluonDescriptor(x, [*x.shape], [*strides, 1], box, layout)
 
-    def __init__(self, x: torch.Tensor, rows: int) -> None:
-        self.x = x
-        self.rows = rows
-        self.shape = tuple(x.shape)
-        steps = x.stride()
-        self.strides = (*(steps[i] if x.size(i) > 1 else 8 for i in range(3)), 1)
 
-    def descriptor(self) -> Any:
-        """As Triton's public launcher takes it."""
-        from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        box = [1, 1, self.rows, self.shape[3]]
-        dtype = bfloat16 if self.x.dtype == torch.bfloat16 else float16
-        layout = NVMMASharedLayout.get_default_for(box, dtype)
-        return TensorDescriptor(self.x, [*self.shape], [*self.strides], box, layout)
+Start = Callable[..., None]
 
 
 class _Kernel:
@@ -73,85 +69,78 @@ class _Kernel:
 
     def __init__(self, fn: Any) -> None:
         self._fn = fn
-        self._ready: dict[Any, Any] = {}
-        self._maps: dict[Any, Any] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def __call__(
         self,
         programs: int,
-        described: tuple[_Described, ...],
+        described: tuple[GluonDescriptor, ...],
         tensors: tuple[torch.Tensor | None, ...],
         numbers: tuple[int | float, ...],
         static: tuple[Any, ...],
-    ) -> None:
-        first = described[0].x
-        device = first.get_device()
-        if device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                self(programs, described, tensors, numbers, static)
-            return
-        key = (device, first.dtype, static)
-        if key not in self._ready:
-            self._ready[key] = self._compile(programs, described, tensors, numbers, static)
-        launch, head, metas = self._ready[key]
-        if launch is None:
-            given = (*(x.descriptor() for x in described), *tensors, *numbers, *static)
-            self._fn[(programs,)](*given, num_warps=4, enable_fp_fusion=False)
-            return
-        flat: list[Any] = []
-        for x, meta in zip(described, metas, strict=True):
-            flat += [self._map(x, meta), *x.shape, *x.strides]
-        flat += [None if x is None else x.data_ptr() for x in tensors]
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        launch(programs, 1, 1, stream, *head, *flat, *numbers, *static)
+    ) -> Start | None:
+        """Launches; and how to do so again, called with the addresses of described and tensors.
 
-    def _compile(
-        self,
-        programs: int,
-        described: tuple[_Described, ...],
-        tensors: tuple[torch.Tensor | None, ...],
-        numbers: tuple[int | float, ...],
-        static: tuple[Any, ...],
-    ) -> tuple[Any, tuple[Any, ...], list[Any]]:
-        from batch_invariant_cuda.plan import launcher
-
-        compiled = self._fn.warmup(
-            *(x.descriptor() for x in described), *tensors, *numbers, *static,
-            num_warps=4, enable_fp_fusion=False, grid=(programs,),
-        )  # fmt: skip
-        runner = compiled.run
+        None where Triton's launcher is not built as this code knows it: then its public, slower
+        door is used.
+        """
+        device = described[0].base.get_device()
+        with torch.cuda.device(device):
+            key = (device, described[0].base.dtype, static)
+            kernel = self._compiled.get(key)
+            if kernel is None:
+                kernel = self._fn.warmup(
+                    *described, *tensors, *numbers, *static,
+                    num_warps=4, enable_fp_fusion=False, grid=(programs,),
+                )  # fmt: skip
+                self._compiled[key] = kernel
+            runner = kernel.run
+            launch = launcher(runner)
+            if launch is None:
+                given = (*described, *tensors, *numbers, *static)
+                self._fn[(programs,)](*given, num_warps=4, enable_fp_fusion=False)
+                return None
         head = (
-            *(compiled.function, runner.launch_cooperative_grid, runner.launch_pdl, None, None),
-            *(compiled.packed_metadata, None, None, None),
+            *(kernel.function, runner.launch_cooperative_grid, runner.launch_pdl, None, None),
+            *(kernel.packed_metadata, None, None, None),
         )
-        metas = list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        return launcher(runner), head, metas
+        metas = getattr(kernel.metadata, "tensordesc_meta", None) or ()
+        copies = [
+            (Maps(x, meta), (*x.shape, *x.strides))
+            for x, meta in zip(described, metas, strict=True)
+        ]
+        tail = (*numbers, *static)
+        current, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
-    def _map(self, x: _Described, meta: dict[str, Any]) -> Any:
-        key = (x.x.data_ptr(), x.x.dtype, x.rows, x.shape, x.strides)
-        found = self._maps.get(key)
-        if found is None:
-            from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
-            from triton.runtime import driver
+        def start(*addresses: Any) -> None:
+            if current() != device:
+                with torch.cuda.device(device):
+                    start(*addresses)
+                return
+            flat: list[Any] = []
+            for (maps, numbers), address in zip(copies, addresses, strict=False):
+                flat.append(maps.known.get(address) or maps(address))
+                flat += numbers
+            rest = addresses[len(copies) :]
+            launch(programs, 1, 1, stream(device), *head, *flat, *rest, *tail)
 
-            if len(self._maps) >= _MAPS_KEPT:
-                self._maps.clear()
-            found = driver.active.utils.fill_tma_descriptor(
-                x.x.data_ptr(), meta["swizzle"], meta["elem_size"],
-                TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"],
-                list(x.shape), list(x.strides), 0,
-            )  # fmt: skip
-            self._maps[key] = found
-        return found
+        start(
+            *(x.base.data_ptr() for x in described),
+            *(None if x is None else x.data_ptr() for x in tensors),
+        )
+        return start
 
 
 @cache
 def _kernels() -> tuple[_Kernel, _Kernel]:
     """For many rows, for few: compiled code is looked up once in a process."""
-    from batch_invariant_cuda.attention_hopper import attention_ring
-    from batch_invariant_cuda.attention_step import attention_step
-
     return _Kernel(attention_ring), _Kernel(attention_step)
+
+
+def marks(q: torch.Tensor) -> int:
+    """How many marks `many_rows` makes: one for each group of warps that computes."""
+    units = q.size(0) * q.size(1) * -(-q.size(2) // ROWS)
+    return 2 * min(units, multiprocessors(q.device.index))
 
 
 def many_rows(
@@ -160,28 +149,28 @@ def many_rows(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    odd: torch.Tensor,
-    is_causal: bool,
+    odd: torch.Tensor | None,
     factor: float,
-) -> None:
-    """Computes `out` and `lse`; `odd` marks results that are not finite, where causal."""
-    from batch_invariant_cuda.attention_hopper import KEYS, ROWS
+) -> Start | None:
+    """Computes `out` and `lse`; causal with `odd`, of `marks`, set where a result is not finite.
 
+    And how to do it again, called with the addresses of q, k, v, out, lse and odd.
+    """
     batch, heads, rows, size = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
     blocks = -(-rows // ROWS)
     units = batch * heads * blocks
     section = max(1, SECTION // (4 * keys * size)) * group
-    _kernels()[0](
-        min(units, multiprocessors(q.device.index)),
+    return _kernels()[0](
+        marks(q) // 2,
         (
-            _Described(q, ROWS // 2), _Described(k, KEYS), _Described(v, KEYS),
-            _Described(out, ROWS // 2),
+            _described(q, ROWS // 2), _described(k, KEYS), _described(v, KEYS),
+            _described(out, ROWS // 2),
         ),
         (lse, odd),
         (batch * heads, heads, group, rows, keys, 0, blocks, section, units, factor),
-        (size, _STAGES, is_causal),
+        (size, _STAGES, odd is not None),
     )  # fmt: skip
 
 
@@ -194,18 +183,19 @@ def few_rows(
     parts: torch.Tensor | None,
     run: int,
     factor: float,
-) -> None:
-    """Computes `out` and `lse`, or `parts` by runs of so many blocks of keys."""
-    from batch_invariant_cuda.attention_hopper import KEYS
+) -> Start | None:
+    """Computes `out` and `lse`, or `parts` by runs of so many blocks of keys.
 
+    And how to do it again, called with the addresses of k, v, q, out, lse and parts.
+    """
     batch, heads, rows, size = q.shape
     kv_heads, keys = k.shape[1:3]
     blocks = -(-keys // KEYS)
     runs = -(-blocks // run)
     steps = (step // 8 if n > 1 else 0 for n, step in zip(q.shape, q.stride()[:3], strict=False))
-    _kernels()[1](
+    return _kernels()[1](
         batch * kv_heads * runs,
-        (_Described(k, KEYS), _Described(v, KEYS)),
+        (_described(k, KEYS), _described(v, KEYS)),
         (q, out, lse, parts),
         (heads, heads // kv_heads, rows, keys, blocks, run, runs, *steps, factor),
         (size, parts is not None),

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batch_invariant_cuda.launch import Launch, launches, run, views
@@ -133,7 +134,7 @@ def _call_of(
     described = iter(meta)
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         if name in _SOURCE:
-            encode = _Maps(value, next(described))
+            encode = Maps(value, next(described))
             scope[f"map{index}"] = encode
             scope[f"known{index}"] = encode.known
             key = f"x{_SOURCE[name]}"
@@ -155,10 +156,12 @@ def _call_of(
     return found
 
 
-class _Maps:
+class Maps:
     """Encoded tensor maps of one operand by address; allocators hand out the same ones again."""
 
-    def __init__(self, descriptor: TensorDescriptor, meta: dict[str, Any]) -> None:
+    def __init__(
+        self, descriptor: TensorDescriptor | GluonDescriptor, meta: dict[str, Any]
+    ) -> None:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
         from triton.runtime import driver
 
