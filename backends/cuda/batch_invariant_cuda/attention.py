@@ -292,6 +292,7 @@ def _repeat(again: Again, out: torch.Tensor, lse: torch.Tensor) -> Callable[...,
 
 
 _calls = Calls()
+forget = _calls.forget
 
 
 def _kind(tensors: tuple[torch.Tensor, ...], *rest: Any) -> tuple[Any, ...]:

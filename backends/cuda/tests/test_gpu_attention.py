@@ -28,7 +28,7 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **how: Any
 ) -> Pair:
     """A call that is planned anew, and where it can be repeated without a plan, that too."""
-    attention._calls.forget()
+    attention.forget()
     found = GPU(q, k, v, mask, 0.0, how.get("causal", False), enable_gqa=True)
     if mask is None:
         assert same(found, GPU(q, k, v, None, 0.0, how.get("causal", False), enable_gqa=True))

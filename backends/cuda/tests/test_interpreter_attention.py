@@ -39,7 +39,7 @@ def draw(*shape):
 
 
 def attend(q, k, v, mask=None, causal=False, split=False):
-    attention.run_of = lambda tiles, blocks, _: (2 if split == 2 else 1) if split else blocks
+    attention.run_of = lambda tiles, blocks, _: 1 if split else blocks
     kernel = attention.KERNELS["scaled_dot_product_attention"].fn
     return kernel(q, k, v, mask, 0.0, causal, enable_gqa=True)
 
