@@ -1,7 +1,7 @@
 """scaled_dot_product_attention on CUDA: which kernel, which tile, which strides.
 
 fp32 is `attention_chains.py`, the bits of the CPU reference; bf16 and fp16 are
-`attention_blocks.py`, on the matrix units.
+`attention_blocks.py`, on the matrix units, and on Hopper what `attention_ring.py` launches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from batch_invariant.ops.attention import check_attention
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.order import serial, undeclared
 from batch_invariant_cuda.attention_blocks import (
-    BLOCK,
     INSIDE,
     MARK,
     NOBODY,
     attention_blocks,
-    combine,
     mend,
     prepare_mask,
 )
@@ -36,6 +34,7 @@ from batch_invariant_cuda.attention_chains import (
     NO_MASK,
     attention_chains,
 )
+from batch_invariant_cuda.attention_merge import BLOCK, combine
 from batch_invariant_cuda.attention_ring import (
     few_rows,
     many_rows,

@@ -9,23 +9,19 @@ rounding. Blocks of keys that take no part change nothing.
 
 So a row depends neither on the tile of queries, nor on which programs compute its blocks, nor on
 masked keys before or behind its own: padding on either side, packing, a sliding window, a cache.
-`attention_hopper` computes the same on Hopper, faster.
+`attention_hopper` and `attention_step` compute the same on Hopper, faster.
 """
 
-# ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from batch_invariant_cuda.attention_merge import BLOCK, finish, merge
 from batch_invariant_cuda.row_launch import RowKernel
-from batch_invariant_cuda.rows import FEW, take_turn
-
-BLOCK = 128  # keys
 
 _BLOCK = tl.constexpr(BLOCK)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 _NOWHERE = tl.constexpr(2**31 - 1)
 # Masks are also written as the lowest number of a dtype. A key this far below the row's largest
 # addend is not where the row's keys begin; it is added all the same, before them.
@@ -72,17 +68,6 @@ def _mask_kernel(
             here = (m != float("-inf")) & ~(m < least)
         found = tl.minimum(found, tl.where(here & (key < keys), key, _NOWHERE))
     tl.store(first + task, tl.min(found, 0))
-
-
-@triton.jit
-def _merge(top, total, acc, next_top, next_total, next_acc):
-    """Two runs of keys as one, the second behind the first: [BM], [BM] and [BM, DV] of each."""
-    highest = tl.maximum(top, next_top)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    shrink, share = tl.exp2(top - base), tl.exp2(next_top - base)
-    total = tl.fma(next_total, share, total * shrink)
-    acc = tl.fma(next_acc, tl.broadcast_to(share[:, None], acc.shape), acc * shrink[:, None])
-    return highest, total, acc
 
 
 @triton.jit
@@ -177,17 +162,6 @@ def _block(
 
 
 @triton.jit
-def _finish(top, total, acc):
-    """Results [BM, DV] and log-sum-exp [BM]; 0 and -inf for rows that attend to no key."""
-    none = total == 0.0
-    share = tl.div_rn(1.0, tl.where(none, 1.0, total))
-    # + 0.0: blocks that change nothing make +0 of -0, and which are walked depends on the tile.
-    y = acc * share[:, None] + 0.0
-    e = tl.where(none, float("-inf"), (tl.log2(total) + top) * _LN_2)
-    return tl.where(none[:, None], 0.0, y), e
-
-
-@triton.jit
 def _tile(
     task,
     q, k, v, mask, first, out, lse, parts, odd,
@@ -200,7 +174,7 @@ def _tile(
 ):  # fmt: skip
     """BM rows of the heads that share a key head: row 0 of each head, row 1 of each, ...
 
-    SPLIT: `run` of the `blocks` of keys, to be put together with the others by `_combine_kernel`.
+    SPLIT: `run` of the `blocks` of keys, to be put together with the others by `attention_merge`.
     CARE: who looks after odd values; MARK writes to `odd` whether a tile has odd results. Strides
     of q, k and v come divided by UNIT, so that the compiler knows what they are multiples of.
     """
@@ -272,7 +246,7 @@ def _tile(
                     v_size, k_row, v_row, mask_rows, mask_column, scale,
                     DV, MASKED, False, True, WHOLE, 0,
                 )  # fmt: skip
-                top, total, acc = _merge(top, total, acc, next_top, next_total, next_acc)
+                top, total, acc = merge(top, total, acc, next_top, next_total, next_acc)
         for block in tl.range(0, (last - middle + _BLOCK - 1) // _BLOCK, num_stages=STAGES):
             next_top, next_total, next_acc = _block(
                 middle + block * _BLOCK, tile_q, from_k, from_v, mask, row, active, keys, size,
@@ -285,9 +259,9 @@ def _tile(
                 tl.store(to + v_size, next_top, mask=active)
                 tl.store(to + v_size + 1, next_total, mask=active)
             else:
-                top, total, acc = _merge(top, total, acc, next_top, next_total, next_acc)
+                top, total, acc = merge(top, total, acc, next_top, next_total, next_acc)
         if not SPLIT:
-            y, e = _finish(top, total, acc)
+            y, e = finish(top, total, acc)
             width = DV if WHOLE else v_size
             to = out + ((batch * rows + row) * heads + head) * width
             tl.store(to[:, None] + dv[None, :], y.to(out.dtype.element_ty), mask=stored)
@@ -357,45 +331,6 @@ def _mend_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "blocks", "v_size"])
-def _combine_kernel(
-    parts, out, lse, heads, rows, blocks, v_size,
-    PART: tl.constexpr, PARTS: tl.constexpr, BATCH: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """PART columns of one row from its blocks."""
-    take_turn()
-    columns = tl.program_id(0) % PARTS * PART + tl.arange(0, PART)
-    task = (tl.program_id(0) // PARTS).to(tl.int64)
-    row, head, batch = task % rows, task // rows % heads, task // rows // heads
-    there = (columns < v_size)[None, :]
-    one = tl.arange(0, 1)
-    top = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, PART), tl.float32)
-    count = blocks
-    if CAUSAL:
-        count = tl.minimum(count, (row // _BLOCK + 1).to(tl.int32))
-    for begin in tl.range(0, count, BATCH):
-        # All loads of a batch are on their way before the first is used.
-        held = ()
-        for i in tl.static_range(BATCH):
-            block = begin + i
-            at = parts + (task * blocks + block) * (v_size + 2)
-            mine = block + one < count
-            next_top = tl.load(at + v_size + one, mask=mine, other=float("-inf"))
-            next_total = tl.load(at + v_size + 1 + one, mask=mine, other=0.0)
-            next_acc = tl.load(at + columns[None, :], mask=there & mine[None, :], other=0.0)
-            held = held + ((next_top, next_total, next_acc),)
-        for i in tl.static_range(BATCH):
-            top, total, acc = _merge(top, total, acc, held[i][0], held[i][1], held[i][2])
-    y, e = _finish(top, total, acc)
-    to = out + ((batch * rows + row) * heads + head) * v_size
-    tl.store(to + columns[None, :], y.to(out.dtype.element_ty), mask=there)
-    if tl.program_id(0) % PARTS == 0:
-        tl.store(lse + task + one, e)
-
-
 prepare_mask = RowKernel(_mask_kernel)
 attention_blocks = RowKernel(_attention_kernel)
 mend = RowKernel(_mend_kernel)
-combine = RowKernel(_combine_kernel, overlaps=FEW.value)

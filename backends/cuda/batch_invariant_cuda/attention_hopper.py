@@ -19,8 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language import PropagateNan
 
+from batch_invariant_cuda.attention_merge import BLOCK
+
 ROWS = 128  # of a tile, in two halves
-KEYS = 128  # of a block
+KEYS = BLOCK
 
 _ROWS = gl.constexpr(ROWS)
 _HALF = gl.constexpr(ROWS // 2)
