@@ -1,0 +1,101 @@
+"""The gradients of attention over sequences: of one sequence from that sequence alone.
+
+Products and sums are the library's own, over the tokens of the sequence without its padding; so the
+gradients of a sequence have the same bits dense, padded or packed, beside any others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from batch_invariant.ops.elementwise import exp, tanh
+from batch_invariant.ops.matmul import matmul
+from batch_invariant.ops.reduce import sum
+from batch_invariant.ops.varlen_definition import capped, factor, parts, seen
+from batch_invariant.ops.varlen_layout import NAME, Layout, Span, keys_of, queries_of, spans
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps what `backward` needs."""
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.options = inputs[9:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(
+    ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of query, key, value and sinks."""
+    query, key, value, sinks, *lengths, out, lse = ctx.saved_tensors
+    layout = Layout(*lengths)
+    if layout.block_table is not None:
+        raise RuntimeError(
+            f"{NAME}: there are no gradients through a paged cache, whose pages may be shared; "
+            "give keys and values dense or packed, or call it under torch.no_grad()"
+        )
+    g_query, g_key, g_value = (torch.zeros_like(x) for x in (query, key, value))
+    g_sinks = []
+    sequences = zip(
+        spans(query, key, layout).tolist(), parts(query, key, value, layout), strict=True
+    )
+    for b, (row, part) in enumerate(sequences):
+        span = Span(*row)
+        rows = slice(span.q_row, span.q_row + span.queries)
+        found = _of_sequence(
+            *(x.to(lse.dtype) for x in part[:3]),
+            *(queries_of(x, span, b).transpose(0, 1).to(lse.dtype) for x in (out, grad)),
+            lse[b] if query.dim() == 4 else lse[:, rows],
+            None if sinks is None else sinks.to(lse.dtype),
+            part.offset,
+            *ctx.options,
+        )
+        queries_of(g_query, span, b).copy_(found[0].transpose(0, 1))
+        keys_of(g_key, span, b, layout).copy_(found[1].transpose(0, 1))
+        keys_of(g_value, span, b, layout).copy_(found[2].transpose(0, 1))
+        g_sinks.append(found[3])
+    of_sinks = None
+    if sinks is not None:
+        of_sinks = sum(torch.stack(g_sinks), 0).to(sinks.dtype) if g_sinks else sinks * 0
+    return (g_query, g_key, g_value, of_sinks, *(None,) * (len(lengths) + len(ctx.options)))
+
+
+def _of_sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    grad: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+    offset: int,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """In fp32, heads first; the gradient of the sinks is [H]."""
+    groups = (key.size(0), query.size(0) // key.size(0))
+    k, v = (x.repeat_interleave(groups[1], 0) for x in (key, value))
+    by = factor(query, scale)
+    scores, slope = capped(matmul(query, k.mT) * by, soft_cap, tanh)
+    weights = torch.where(lse.isinf()[..., None], 0, exp(scores - lse[..., None]))
+    if causal:
+        visible = seen(query.size(1), key.size(1), offset, window, query.device)
+        weights = torch.where(visible, weights, 0)
+    g_value = matmul(weights.mT, grad)
+    delta = sum(grad * out, -1, True)
+    g_scores = weights * (matmul(grad, v.mT) - delta)
+    if slope is not None:
+        g_scores = g_scores * slope
+    g_query = matmul(g_scores, k) * by
+    g_key = matmul(g_scores.mT, query) * by
+    if groups[1] > 1:
+        g_key = sum(g_key.unflatten(0, groups), 1)
+        g_value = sum(g_value.unflatten(0, groups), 1)
+    g_sinks = None
+    if sinks is not None:
+        share = torch.where(lse.isinf(), 0, exp(sinks[:, None] - lse))
+        g_sinks = -sum(share * delta.squeeze(-1), -1)
+    return g_query, g_key, g_value, g_sinks
