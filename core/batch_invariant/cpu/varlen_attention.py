@@ -139,8 +139,7 @@ def _float64(
     scores = product(part.query, k.mT) * by
     scores = capped(scores, soft_cap, own.tanh.default)[0]
     if causal:
-        visible = seen(*scores.shape[1:], part.offset, window, scores.device)
-        scores = torch.where(visible, scores, -torch.inf)
+        scores = torch.where(seen(scores, part.offset, window), scores, -torch.inf)
     top = scores.new_full((*scores.shape[:2], 1), -torch.inf)
     if k.size(1):
         top = scores.amax(-1, keepdim=True)

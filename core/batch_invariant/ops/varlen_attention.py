@@ -11,7 +11,6 @@ A backend that adds in chunks of keys cuts them by position in the sequence.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -149,9 +148,7 @@ OPS = (
         fake=_fake,
         reference=attend,
         cases=varlen_cases.CASES,
-        batch_axes={
-            name: 0 for name in ("query", "key", "value", "seq_lens", "left_pad", "block_table")
-        },
+        batch_axes=varlen_cases.BATCH_AXES,
         out_axes=(0, 0),
         level=Guarantee.SCHEDULE,
         schedule=varlen_cases.cuts,

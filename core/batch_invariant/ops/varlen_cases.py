@@ -18,6 +18,7 @@ _NOTHING: dict[str, Any] = {
     **dict.fromkeys(("sinks", *Layout._fields, "scale", "window", "soft_cap")),
     "causal": False,
 }
+BATCH_AXES = dict.fromkeys(("query", "key", "value", "seq_lens", "left_pad", "block_table"), 0)
 _ALONG = (1, 2)  # the axes of output and lse along which queries lie
 
 
@@ -56,12 +57,10 @@ def _case(
 
     shape = f"{heads}/{kv_heads} heads x {'/'.join(map(str, dict.fromkeys(sizes)))}"
     paged = page_size is not None
-    axes = {name: 0 for name in ("query", "key", "value", "seq_lens", "left_pad", "block_table")}
-    if paged:
-        del axes["key"], axes["value"]
-    return Case(
-        f"{shape}, {length} of {keys} {label}".rstrip(), args, axes, differentiable=not paged
-    )
+    shared = ("key", "value") if paged else ()
+    axes = {name: axis for name, axis in BATCH_AXES.items() if name not in shared}
+    label = f"{shape}, {length} of {keys} {label}".rstrip()
+    return Case(label, args, axes, differentiable=not paged)
 
 
 CASES = (

@@ -50,12 +50,10 @@ def capped(
     return bent * soft_cap, 1 - bent * bent
 
 
-def seen(
-    queries: int, keys: int, offset: int, window: int | None, device: torch.device
-) -> torch.Tensor:
-    """Which keys take part in causal attention, [L, S]."""
-    position = offset + torch.arange(queries, device=device)[:, None]
-    key = torch.arange(keys, device=device)
+def seen(scores: torch.Tensor, offset: int, window: int | None) -> torch.Tensor:
+    """Which keys take part in causal attention, [L, S] for scores [H, L, S]."""
+    position = offset + torch.arange(scores.size(1), device=scores.device)[:, None]
+    key = torch.arange(scores.size(2), device=scores.device)
     visible = key <= position
     return visible if window is None else visible & (key > position - window)
 
@@ -83,8 +81,7 @@ def attend(
         k, v = (x.repeat_interleave(repeat, 0) for x in (part.key, part.value))
         scores = capped(part.query @ k.mT * factor(query, scale), soft_cap, torch.tanh)[0]
         if causal:
-            shape = scores.shape[-2:]
-            visible = seen(*shape, part.offset, window, query.device)
+            visible = seen(scores, part.offset, window)
             scores = torch.where(visible, scores, -torch.inf)
         if sinks is not None:
             extra = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)

@@ -13,7 +13,7 @@ import torch
 from batch_invariant.ops.elementwise import exp, tanh
 from batch_invariant.ops.matmul import matmul
 from batch_invariant.ops.reduce import sum
-from batch_invariant.ops.varlen_definition import capped, factor, parts, seen
+from batch_invariant.ops.varlen_definition import Part, capped, factor, parts, seen
 from batch_invariant.ops.varlen_layout import NAME, Layout, Span, keys_of, queries_of, spans
 
 
@@ -43,18 +43,19 @@ def backward(
     for b, (row, part) in enumerate(sequences):
         span = Span(*row)
         rows = slice(span.q_row, span.q_row + span.queries)
-        found = _of_sequence(
-            *(x.to(lse.dtype) for x in part[:3]),
-            *(queries_of(x, span, b).transpose(0, 1).to(lse.dtype) for x in (out, grad)),
+        q, k, v, of_sinks = _of_sequence(
+            part,
+            queries_of(out, span, b).transpose(0, 1),
+            queries_of(grad, span, b).transpose(0, 1),
             lse[b] if query.dim() == 4 else lse[:, rows],
-            None if sinks is None else sinks.to(lse.dtype),
-            part.offset,
+            sinks,
             *ctx.options,
         )
-        queries_of(g_query, span, b).copy_(found[0].transpose(0, 1))
-        keys_of(g_key, span, b, layout).copy_(found[1].transpose(0, 1))
-        keys_of(g_value, span, b, layout).copy_(found[2].transpose(0, 1))
-        g_sinks.append(found[3])
+        queries_of(g_query, span, b).copy_(q.transpose(0, 1))
+        keys_of(g_key, span, b, layout).copy_(k.transpose(0, 1))
+        keys_of(g_value, span, b, layout).copy_(v.transpose(0, 1))
+        if of_sinks is not None:
+            g_sinks.append(of_sinks)
     of_sinks = None
     if sinks is not None:
         of_sinks = sum(torch.stack(g_sinks), 0).to(sinks.dtype) if g_sinks else sinks * 0
@@ -62,28 +63,25 @@ def backward(
 
 
 def _of_sequence(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    part: Part,
     out: torch.Tensor,
     grad: torch.Tensor,
     lse: torch.Tensor,
     sinks: torch.Tensor | None,
-    offset: int,
     causal: bool,
     scale: float | None,
     window: int | None,
     soft_cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """In fp32, heads first; the gradient of the sinks is [H]."""
+    query, key, value, out, grad = (x.to(lse.dtype) for x in (*part[:3], out, grad))
     groups = (key.size(0), query.size(0) // key.size(0))
     k, v = (x.repeat_interleave(groups[1], 0) for x in (key, value))
     by = factor(query, scale)
     scores, slope = capped(matmul(query, k.mT) * by, soft_cap, tanh)
     weights = torch.where(lse.isinf()[..., None], 0, exp(scores - lse[..., None]))
     if causal:
-        visible = seen(query.size(1), key.size(1), offset, window, query.device)
-        weights = torch.where(visible, weights, 0)
+        weights = torch.where(seen(scores, part.offset, window), weights, 0)
     g_value = matmul(weights.mT, grad)
     delta = sum(grad * out, -1, True)
     g_scores = weights * (matmul(grad, v.mT) - delta)
@@ -96,6 +94,6 @@ def _of_sequence(
         g_value = sum(g_value.unflatten(0, groups), 1)
     g_sinks = None
     if sinks is not None:
-        share = torch.where(lse.isinf(), 0, exp(sinks[:, None] - lse))
+        share = torch.where(lse.isinf(), 0, exp(sinks.to(lse.dtype)[:, None] - lse))
         g_sinks = -sum(share * delta.squeeze(-1), -1)
     return g_query, g_key, g_value, g_sinks
