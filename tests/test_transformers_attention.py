@@ -66,6 +66,8 @@ def tiny(kind: str) -> Any:
             parameter.normal_(std=0.3)
     made = made.eval()
     made.set_attn_implementation(NAME)
+    if kind == "GptOss":  # one expert after the other; grouped products are refused by the mode
+        made.set_experts_implementation("eager")
     return made
 
 
@@ -114,7 +116,9 @@ def _reused(model: Any, ids: torch.Tensor, make: Callable[[Any, int], Any]) -> t
     cache = make(model, len(ids))
     first = model(ids[None, :cut], past_key_values=cache).logits[0]
     model(ids[None, :5], past_key_values=copy.deepcopy(cache))
-    rest = [model(ids[None, i : i + 1], past_key_values=cache).logits[0] for i in range(cut, cut + 4)]
+    rest = [
+        model(ids[None, i : i + 1], past_key_values=cache).logits[0] for i in range(cut, cut + 4)
+    ]
     rest.append(model(ids[None, cut + 4 :], past_key_values=cache).logits[0])
     return torch.cat([first, *rest])
 
@@ -137,15 +141,14 @@ WAYS: Ways = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_a_token_has_the_same_bits_in_every_way(model: Any, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():  # `to` would round the rotary frequencies as well
         parameter.data = parameter.data.to(dtype)
-    ids = tokens(model.config.vocab_size)
+    ids = tokens(other.config.vocab_size)
     with bi.enabled():
-        want = model(ids[None]).logits[0]
+        want = other(ids[None]).logits[0]
         for way, run in WAYS.items():
-            assert same(run(model, ids), want), way
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+            assert same(run(other, ids), want), way
 
 
 def test_the_model_computes_what_its_eager_attention_computes(model: Any) -> None:
@@ -198,7 +201,7 @@ def test_masks_of_other_kinds_go_to_the_kernel_as_they_are() -> None:
     positions = torch.cat([torch.arange(20), torch.arange(33)])[None]
     with bi.enabled():
         want = [found(x[None]).logits[0] for x in (a, b)]
-        packed = found(torch.cat([a, b])[None], position_ids=positions).logits[0]
+        packed = found(torch.cat([a, b])[None], position_ids=positions, use_cache=False).logits[0]
         assert same(packed[:20], want[0])
         assert same(packed[20:], want[1])
         holes = torch.cat([a[:5], b[:4], a[5:]])
@@ -217,11 +220,13 @@ def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(OpNotSupported, match="soft cap or sinks takes causal and sliding masks"):
         capped(ids, attention_mask={"full_attention": own, "sliding_attention": own})
     with pytest.raises(OpNotSupported, match="output_attentions: the weights are never stored"):
-        integration.attention_forward(dense, *(torch.zeros(1, 2, 3, 8),) * 3, None, output_attentions=True)
+        integration.attention_forward(
+            dense, *(torch.zeros(1, 2, 3, 8),) * 3, None, output_attentions=True
+        )
     with pytest.raises(OpNotSupported, match="dropout: draws from one random stream"):
         integration.attention_forward(dense, *(torch.zeros(1, 2, 3, 8),) * 3, None, dropout=0.1)
+    q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 7, 8)
     with pytest.raises(OpNotSupported, match="came without a mask"):
-        q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 7, 8)
         integration.attention_forward(dense, q, k, k, None, is_causal=True)
     mask = integration.sequences_mask(2, 3, 3)
     with pytest.raises(OpNotSupported, match="was cut or changed on its way"):
@@ -277,3 +282,37 @@ def test_the_real_model(smollm2: Any, way: str) -> None:
     ids = tokens(smollm2.config.vocab_size, 70)
     with bi.enabled():
         assert same(WAYS[way](smollm2, ids), smollm2(ids[None]).logits[0])
+
+
+def _continuously(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities from continuous batching."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    options = transformers.GenerationConfig(
+        max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    config = ContinuousBatchingConfig(return_logprobs=True, num_blocks=16, max_batch_tokens=64)
+    with models.quiet():
+        found = model.generate_batch(
+            inputs=prompts, generation_config=options, continuous_batching_config=config
+        )
+    return [
+        (found[name].generated_tokens, found[name].logprobs)
+        for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+    ]
+
+
+def test_continuous_batching_runs_its_own_attention_under_the_mode() -> None:
+    """transformers takes no other implementation there than its own; the mode covers sdpa."""
+    found = tiny("Llama")
+    prompts = [tokens(97, n, seed=n).tolist() for n in (5, 30, 17)]
+    with pytest.raises(ValueError, match="batch_invariant is not supported for continuous batch"):
+        _continuously(found, prompts)
+    found.set_attn_implementation("sdpa")
+    with bi.enabled():
+        together = _continuously(found, prompts)
+        for prompt, (chosen, logprobs) in zip(prompts, together, strict=True):
+            ((alone, logprobs_alone),) = _continuously(found, [prompt])
+            assert chosen == alone
+            assert logprobs == logprobs_alone
+            assert len(logprobs) == 6
