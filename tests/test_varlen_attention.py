@@ -398,6 +398,29 @@ def test_gradients_of_a_sequence_are_its_own(dtype: torch.dtype, options: dict[s
     assert not padded[1][0, :29].any()
 
 
+def test_a_compiled_training_step_reads_the_lengths_at_every_call() -> None:
+    q, k, v = (draw(2, n, h, 16, dtype=torch.float32) for n, h in ((3, 4), (32, 2), (32, 2)))
+
+    def step(*leaves: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return bi.attention(*leaves, causal=True, seq_lens=lengths).square().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    with torch.enable_grad():
+        for lengths in ([32, 32], [20, 7], [5, 31]):
+            grads = []
+            for function in (step, compiled):
+                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+                out = function(*leaves, lengths=torch.tensor(lengths))
+                grads.append(torch.autograd.grad(out, leaves))
+            assert all(same(a, b) for a, b in zip(*grads, strict=True)), lengths
+        with bi.enabled():
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            report = bi.audit(lambda: bi.sum(bi.attention(*leaves, causal=True)).backward())
+    report.raise_if_uncovered()
+    torch.compiler.reset()
+
+
 def test_gradients_through_pages_are_refused() -> None:
     args = _paged()
     with torch.enable_grad():

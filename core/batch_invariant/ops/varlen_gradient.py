@@ -13,6 +13,7 @@ import torch
 from batch_invariant.ops.elementwise import exp, tanh
 from batch_invariant.ops.matmul import matmul
 from batch_invariant.ops.reduce import sum
+from batch_invariant.ops.register import NAMESPACE
 from batch_invariant.ops.varlen_definition import Part, capped, factor, parts, seen
 from batch_invariant.ops.varlen_layout import NAME, Layout, Span, keys_of, queries_of, spans
 
@@ -28,38 +29,82 @@ def backward(
     ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of query, key, value and sinks."""
-    query, key, value, sinks, *lengths, out, lse = ctx.saved_tensors
-    layout = Layout(*lengths)
-    if layout.block_table is not None:
+    *inputs, out, lse = ctx.saved_tensors
+    if inputs[-1] is not None:
         raise RuntimeError(
             f"{NAME}: there are no gradients through a paged cache, whose pages may be shared; "
             "give keys and values dense or packed, or call it under torch.no_grad()"
         )
+    found = _gradients(grad, *inputs[:-1], out, lse, *ctx.options)
+    found = found if inputs[3] is not None else (*found[:3], None)
+    return (*found, *(None,) * (len(inputs) - 4 + len(ctx.options)))
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::attention_gradients",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? sinks,"
+        " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seq_lens, Tensor? left_pad,"
+        " Tensor out, Tensor lse, bool causal, float? scale, int? window, float? soft_cap)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _gradients(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    left_pad: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One operator, because lengths are read here, which a traced graph could not do.
+
+    On any device, by operators of the contracts. The gradient of absent sinks is empty.
+    """
+    layout = Layout(cu_seqlens_q, cu_seqlens_k, seq_lens, left_pad)
     g_query, g_key, g_value = (torch.zeros_like(x) for x in (query, key, value))
-    g_sinks = []
+    g_sinks = [lse.new_zeros(0 if sinks is None else len(sinks))]
     sequences = zip(
         spans(query, key, layout).tolist(), parts(query, key, value, layout), strict=True
     )
     for b, (row, part) in enumerate(sequences):
         span = Span(*row)
         rows = slice(span.q_row, span.q_row + span.queries)
-        q, k, v, of_sinks = _of_sequence(
+        q, k, v, s = _of_sequence(
             part,
             queries_of(out, span, b).transpose(0, 1),
             queries_of(grad, span, b).transpose(0, 1),
             lse[b] if query.dim() == 4 else lse[:, rows],
             sinks,
-            *ctx.options,
+            *options,
         )
         queries_of(g_query, span, b).copy_(q.transpose(0, 1))
         keys_of(g_key, span, b, layout).copy_(k.transpose(0, 1))
         keys_of(g_value, span, b, layout).copy_(v.transpose(0, 1))
-        if of_sinks is not None:
-            g_sinks.append(of_sinks)
-    of_sinks = None
-    if sinks is not None:
-        of_sinks = sum(torch.stack(g_sinks), 0).to(sinks.dtype) if g_sinks else sinks * 0
-    return (g_query, g_key, g_value, of_sinks, *(None,) * (len(lengths) + len(ctx.options)))
+        if s is not None:
+            g_sinks.append(s)
+    of_sinks = sum(torch.stack(g_sinks), 0)
+    return g_query, g_key, g_value, of_sinks if sinks is None else of_sinks.to(sinks.dtype)
+
+
+@_gradients.register_fake
+def _(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
+    of_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return (*(torch.empty_like(x) for x in (query, key, value)), of_sinks)
 
 
 def _of_sequence(

@@ -453,7 +453,8 @@ Status attend(const AttentionArgs& g, const SequencesArgs* more) {
   if (g.batch == 0 || g.q_heads == 0 || g.queries == 0) return OK;
   if (g.kv_heads == 0 || g.q_heads % g.kv_heads != 0) return BAD_ARGUMENT;
 
-  Attention a{g, more, *fma_kernel(static_cast<DType>(g.dtype)), g.q_heads / g.kv_heads, 1, 1, 1, 1};
+  Attention a{g, more, *fma_kernel(static_cast<DType>(g.dtype)), g.q_heads / g.kv_heads, 1, 1, 1,
+              1};
   i64 row_bytes = max(ceil_div(g.keys, KC), 1) * LDA * static_cast<i64>(sizeof(float));
   i64 rows = max(MIN_ROWS, min(MAX_ROWS, WEIGHT_BYTES / row_bytes));
   a.query_chunks = ceil_div(g.queries, rows);
