@@ -316,3 +316,24 @@ def test_continuous_batching_runs_its_own_attention_under_the_mode() -> None:
             assert chosen == alone
             assert logprobs == logprobs_alone
             assert len(logprobs) == 6
+
+
+def test_a_compiled_model_reads_the_mask_at_every_call() -> None:
+    """Padding on the left of either row, then a hole, through one compiled function."""
+    found = tiny("Llama")
+    ids = torch.stack([tokens(97, 20), tokens(97, 20, seed=2)])
+    torch.compiler.reset()
+    compiled = torch.compile(found, backend="aot_eager")
+    for row, begin, end in ((1, 0, 7), (0, 0, 3), (1, 4, 9)):
+        mask = torch.ones(2, 20, dtype=torch.long)
+        mask[row, begin:end] = 0
+        inputs = {
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            "use_cache": False,
+        }
+        kept = mask.bool()
+        with bi.enabled():
+            want = found(ids, **inputs).logits[kept]
+            assert same(compiled(ids, **inputs).logits[kept], want), (row, begin)
+    torch.compiler.reset()
