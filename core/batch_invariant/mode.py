@@ -206,10 +206,7 @@ def _override(
         libraries[of].impl(name, fn, at, with_keyset=keyset, allow_override=of != "aten")
 
     capture((*plain, *with_keyset, *refused), key)
-    layouts = {
-        layout: coverage.refused_layouts(layout)
-        for layout in coverage.OTHER_LAYOUTS.get(device_type, ())
-    }
+    layouts = {layout: coverage.refused_layouts(layout) for layout in coverage.layout_keys(key)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Oo]verrid")

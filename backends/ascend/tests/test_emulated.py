@@ -12,8 +12,8 @@ import pytest
 HERE = Path(__file__).parent
 SCENES = {
     "plain": ("check_aten.py", "check_reductions.py", "check_fused.py", "check_switches.py"),
-    "level3": ("check_level3.py",),
-    "ascendc": ("check_ascendc.py",),
+    "level3": ("check_level3.py", "check_sdpa.py"),
+    "ascendc": ("check_ascendc.py", "check_sdpa.py"),
     "broken": ("check_broken.py",),
     "triton": ("check_triton.py",),
     "attention": ("check_attention.py",),

@@ -162,7 +162,7 @@ def _kernels(backend: Any) -> dict[str, Any]:
                 "guarantee": str(kernel.guarantee),
                 "order": str(kernel.order_of(dtype)),
                 "portable": dtype in kernel.portable,
-                **({"source": kernel.source} if kernel.source else {}),
+                **({"source": source} if (source := kernel.source_of(dtype)) else {}),
                 **({"better": list(kernel.better)} if kernel.better else {}),
             }
             for dtype in CONTRACTS[op].dtypes
