@@ -313,7 +313,7 @@ def test_attention_by_both_versions() -> None:
 SDPA = {
     "prefill": (7, {"is_causal": True}),
     "decode": (1, {}),
-    "masked": (7, {"attn_mask": torch.arange(12) % 3 != 1}),
+    "masked": (7, {"attn_mask": (torch.arange(12) % 3 != 1).expand(7, 12)}),
 }
 
 
