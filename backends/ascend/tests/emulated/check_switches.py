@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -59,31 +62,80 @@ def test_switches_are_set_and_restored(
         fakes.options.clear()
 
 
-def test_hccl_that_has_started_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "hccl_started", lambda: True)
-    with pytest.raises(
-        bi.BackendUnavailable, match=r"HCCL has been initialised.*init_process_group"
-    ):
-        bi.use_backend("ascend")
-    with bi.enabled(), pytest.raises(bi.BackendUnavailable, match="HCCL has been initialised"):
-        X.npu().sum()
-    with bi.enabled(), pytest.raises(bi.BackendUnavailable, match="HCCL has been initialised"):
-        torch.ops.npu.npu_swiglu(X.npu())  # a fault stops the vendor's operators as well
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "strict")
-    monkeypatch.setenv("LCCL_DETERMINISTIC", "1")
-    with bi.enabled():  # started with the right variables
+@contextmanager
+def _group(backend: str | None) -> Iterator[None]:
+    """A real process group of one rank; gloo computes behind torch_npu's names."""
+    init = torch.distributed.init_process_group
+    init(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collectives() -> None:
+    """As torch_npu registers them: HCCL is what NPU tensors get where nothing else is named."""
+    backend = torch.distributed.Backend
+    for name in ("lccl", "hccl"):
+        backend.register_backend(
+            name, lambda store, rank, size, timeout: gloo(store, rank, size), devices=["npu"]
+        )
+    gloo = torch.distributed.ProcessGroupGloo
+
+
+@pytest.mark.parametrize("backend", ["hccl", "cpu:gloo,npu:hccl", None, "lccl", "npu:lccl"])
+def test_hccl_that_has_started_is_an_error(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from batch_invariant import cli
+
+    said = r"HCCL has been initialised already, with HCCL_DETERMINISTIC=\(unset\)"
+    remedy = "before torch.distributed.init_process_group"
+    for name in installation.HCCL:
+        monkeypatch.delenv(name, raising=False)
+    with _group(backend):
+        with pytest.raises(bi.BackendUnavailable, match=f"{said}.*{remedy}"):
+            bi.use_backend("ascend")
+        with bi.enabled(), pytest.raises(bi.BackendUnavailable, match=said):
+            X.npu().sum()
+        with bi.enabled(), pytest.raises(bi.BackendUnavailable, match=said):
+            torch.ops.npu.npu_swiglu(X.npu())  # a fault stops the vendor's operators as well
+        if backend == "hccl":
+            assert cli.main(["doctor"]) == 1
+            shown = capsys.readouterr().out
+            assert re.search(said, shown)
+            assert remedy in shown
+        monkeypatch.setenv("HCCL_DETERMINISTIC", "strict")
+        with (
+            bi.enabled(),
+            pytest.raises(bi.BackendUnavailable, match=r"LCCL_DETERMINISTIC=\(unset"),
+        ):
+            X.npu().sum()
+        monkeypatch.setenv("LCCL_DETERMINISTIC", "1")
+        with bi.enabled():  # started with the right variables
+            X.npu().sum()
+
+
+def test_other_collectives_are_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in installation.HCCL:
+        monkeypatch.delenv(name, raising=False)
+    with _group("cpu:gloo"), bi.enabled():
         X.npu().sum()
 
 
 def test_hccl_that_starts_under_us_may_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    with bi.enabled():
-        X.npu().sum()
-        monkeypatch.setattr(installation, "hccl_started", lambda: True)
-    try:
+    for name in installation.HCCL:
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as group:
         with bi.enabled():
             X.npu().sum()
-    finally:
-        monkeypatch.setattr(installation, "_started_invariant", False)
+            group.enter_context(_group("hccl"))
+        with bi.enabled():
+            X.npu().sum()
+    unprepared = pytest.raises(bi.BackendUnavailable, match="HCCL has been initialised")
+    with _group("hccl"), bi.enabled(), unprepared:
+        X.npu().sum()
 
 
 @pytest.mark.parametrize("key", ["NPU", "PrivateUse1"])
