@@ -179,6 +179,7 @@ def _cpu_kernel(op: Any, name: str, level: int) -> Callable[..., Any]:
     CPU kernels compute the end of a tensor with other instructions than its body. A device whose
     kernels did would have no elementwise functions, so these come from the CPU backend.
     """
+    from batch_invariant import clash
     from batch_invariant.cpu import elementwise
     from batch_invariant.stock import stock
 
@@ -189,6 +190,6 @@ def _cpu_kernel(op: Any, name: str, level: int) -> Callable[..., Any]:
     if name in _table:
         fn = _table[name]
         return lambda *args, **kwargs: fn(None, *args, **kwargs)
-    if f"aten/{name}/CPU" in torch.library._impls:
+    if clash.watched(name, "CPU") or f"aten/{name}/CPU" in torch.library._impls:
         return stock(name)
     return op

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+import torch_npu
 
 import batch_invariant as bi
 import fakes
@@ -151,6 +152,46 @@ def test_an_override_of_somebody_else_is_an_error(key: str) -> None:
         library._destroy()
     with bi.enabled():
         X.npu().sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("aten::mm", "NPU"),
+        ("aten::mm", "PrivateUse1"),
+        ("aten::linear", "AutogradNPU"),
+        ("npu::npu_add_rms_norm", "NPU"),
+    ],
+)
+def test_an_override_that_comes_second_is_an_error(name: str, key: str) -> None:
+    """As vllm-ascend's mode makes them when ours is on already: torch lets the later one win."""
+    library = torch.library.Library(name.split("::")[0], "IMPL")
+    later = pytest.raises(bi.OverrideClash, match=f"{name}: overridden by another library while")
+    before = _recorded()
+    bi.enable()
+    try:
+        torch_npu.npu_rms_norm(X.npu(), X[0].npu())
+        library.impl(name, lambda *args, **kwargs: None, key)
+        with later:
+            torch_npu.npu_rms_norm(X.npu(), X[0].npu())  # the next operator of torch_npu
+        with later:
+            bi.enable()  # and the next look at the mode
+        bi.disable()
+        if name.startswith("aten"):
+            with pytest.raises(bi.OverrideClash, match=f"{name} is already overridden"):
+                bi.enable()
+    finally:
+        bi.disable()
+        library._destroy()
+    assert _recorded() == before
+    with bi.enabled():
+        torch_npu.npu_rms_norm(X.npu(), X[0].npu())
+    assert _recorded() == before
+
+
+def _recorded() -> set[str]:
+    """What torch has noted of overrides of aten and of torch_npu."""
+    return {key for key in torch.library._impls if key.startswith(("aten/", "npu/"))}
 
 
 def test_310p_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
