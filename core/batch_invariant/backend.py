@@ -179,6 +179,13 @@ class Backend(abc.ABC):
         """What this backend is known not to keep; everything else is checked and must hold."""
         return ()
 
+    def notes(self) -> Sequence[str]:
+        """More lines for `bi doctor`, such as what a vendor's own operators are replaced by.
+
+        Asked if `probe` says ok.
+        """
+        return ()
+
     def tuner(self) -> Tuner | None:
         """What `bi tune` calls; None where there is nothing to tune. Asked if `probe` says ok."""
         return None

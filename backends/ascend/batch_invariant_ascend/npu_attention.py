@@ -16,7 +16,7 @@ import torch
 from batch_invariant.errors import OpNotSupported
 from batch_invariant_ascend import admission
 from batch_invariant_ascend.attention import attend
-from batch_invariant_ascend.dtypes import check_dtype
+from batch_invariant_ascend.dtypes import DTYPES, check_dtype
 from batch_invariant_ascend.fused_attention import (
     NAME,
     RENAMED,
@@ -181,6 +181,18 @@ def _keep(mask: Tensor | None, mode: int, index: int, q: Tensor, k: Tensor) -> T
             one = one[index if one.size(0) > 1 else 0]
         keep = ~one[:length, :keys].bool()
     return keep.expand(q.size(0), length, keys)
+
+
+def notes() -> list[str]:
+    """For `bi doctor`."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1")
+    tiers = [
+        f"{NAME}{version}: {choice(version).tier.value}"
+        for version in ("", "_v2")
+        if f"npu::{NAME}{version}" in registered
+    ]
+    dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+    return [*tiers, f"dtypes {dtypes}, norms of torch_npu with 1 to 8 dimensions; others raise"]
 
 
 OVERRIDES = {

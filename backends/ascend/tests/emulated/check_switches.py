@@ -194,18 +194,31 @@ def _recorded() -> set[str]:
     return {key for key in torch.library._impls if key.startswith(("aten/", "npu/"))}
 
 
-def test_310p_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def _refused(capsys: pytest.CaptureFixture[str], reason: str, remedy: str) -> None:
+    """The same words at `use_backend`, at the first call with the mode on, and in `bi doctor`."""
+    from batch_invariant import cli
+
+    with pytest.raises(bi.BackendUnavailable) as error:
+        bi.use_backend("ascend")
+    with bi.enabled(), pytest.raises(bi.BackendUnavailable) as later:
+        X.npu().sum()
+    assert cli.main(["doctor"]) == 1
+    for text in (str(error.value), str(later.value), capsys.readouterr().out):
+        assert reason in text
+        assert remedy in text
+
+
+def test_310p_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(npu, "name", "Ascend310P3")
-    with pytest.raises(bi.BackendUnavailable, match=r"Ascend310P3.*no bfloat16.*Atlas A2"):
-        bi.use_backend("ascend")
+    _refused(capsys, "Ascend310P3: the 310P has no bfloat16", "use an Atlas A2 or A3")
 
 
-def test_wrong_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_pair(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(installation, "torch_npu_version", lambda: "2.10.0.post4")
-    with pytest.raises(
-        bi.BackendUnavailable, match=r"torch_npu 2.10.0.post4 is made for torch 2.10"
-    ):
-        bi.use_backend("ascend")
+    reason = "torch_npu 2.10.0.post4 is made for torch 2.10"
+    _refused(capsys, reason, "or install torch==2.10.*")
 
 
 def test_doctor_shows_tiers_and_what_would_be_better(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,3 +230,6 @@ def test_doctor_shows_tiers_and_what_would_be_better(capsys: pytest.CaptureFixtu
     assert "better: A needs CANN >= 9.2.0" in shown
     assert "better: B needs the AscendC package batch_invariant_ops" in shown
     assert "better: C needs triton-ascend" in shown
+    assert "npu_fused_infer_attention_score: D: composed of elementwise operators" in shown
+    assert "npu_fused_infer_attention_score_v2: D" in shown
+    assert "dtypes bfloat16, float16, float32, norms of torch_npu with 1 to 8 dimensions" in shown
