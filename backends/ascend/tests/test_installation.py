@@ -100,6 +100,21 @@ def test_triton_of_somebody_else_is_no_tier() -> None:
         tiers.need_triton()
 
 
+def test_a_batch_invariant_ops_of_somebody_else_is_no_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are two packages of that name on the package index, and neither is AscendC's."""
+    (tmp_path / "batch_invariant_ops.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    tiers._ascendc_problem.cache_clear()
+    try:
+        with pytest.raises(tiers.Missing, match="another package of that name is installed"):
+            tiers.ascendc("npu_mm_batch_invariant")
+    finally:
+        tiers._ascendc_problem.cache_clear()
+        sys.modules.pop("batch_invariant_ops", None)
+
+
 def test_every_tier_missing_or_failing_is_an_error_with_all_reasons() -> None:
     def missing() -> None:
         raise tiers.Missing("needs the moon")
