@@ -129,17 +129,11 @@ def test_every_tier_missing_or_failing_is_an_error_with_all_reasons() -> None:
         )
 
 
-@pytest.mark.parametrize("version", ["2.10.0.post4", None])
-def test_doctor_shows_the_reason_and_the_remedy(tmp_path: Path, version: str | None) -> None:
-    """A torch_npu for another torch, and one for this torch where CANN is missing."""
-    _package(tmp_path, version or f"{_here()}.0", "def _autoload(): pass\n")
+def test_doctor_shows_a_torch_npu_for_another_torch(tmp_path: Path) -> None:
+    _package(tmp_path, "2.10.0.post4", "def _autoload(): pass\n")
     done = _child("import sys; from batch_invariant.cli import main; main(['doctor'])", tmp_path)
-    if version:
-        wanted = [f"torch_npu {version} is made for torch 2.10", "or install torch==2.10.*"]
-    else:
-        wanted = ["libhccl.so, libascendcl.so cannot be found", "source /usr/local/Ascend/"]
-    for text in wanted:
-        assert text in done.stdout
+    assert "torch_npu 2.10.0.post4 is made for torch 2.10" in done.stdout
+    assert "or install torch==2.10.*" in done.stdout
 
 
 def _child(code: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
