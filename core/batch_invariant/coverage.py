@@ -303,15 +303,16 @@ def refused_overloads(
     }
 
 
-OTHER_LAYOUTS = {
-    "cpu": ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "NestedTensorCPU"),
-    "cuda": ("SparseCUDA", "SparseCsrCUDA", "QuantizedCUDA", "NestedTensorCUDA"),
-    "npu": (
-        *("SparsePrivateUse1", "SparseCsrPrivateUse1"),
-        *("QuantizedPrivateUse1", "NestedTensorPrivateUse1"),
-    ),
-}
-"""Keys of a device's tensors that are not plain ones: their kernels are torch's own."""
+_LAYOUTS = ("Sparse", "SparseCsr", "Quantized", "NestedTensor", "Mkldnn")
+
+
+def layout_keys(key: str) -> list[str]:
+    """Dispatch keys of a device's tensors that are not plain ones: their kernels are torch's own.
+
+    torch derives their names from the device's own key; not every device has all of them.
+    """
+    return [n for n in (f"{kind}{key}" for kind in _LAYOUTS) if torch._C._parse_dispatch_key(n)]
+
 
 _LAYOUT = Refusal(
     "sparse, quantized, nested and mkldnn tensors have no invariant kernels; convert to a plain "
