@@ -13,7 +13,17 @@ from batch_invariant.backend import API_VERSION, Availability, Backend, Evidence
 from batch_invariant_tpu import route
 from batch_invariant_tpu.requirements import jax_problem, require_jax
 
-FAMILIES = ("matmul", "reduce", "softmax", "norm", "attention")
+FAMILIES = (
+    "matmul",
+    "reduce",
+    "softmax",
+    "norm",
+    "scan",
+    "attention",
+    "embedding",
+    "select",
+    "elementwise",
+)
 """Modules with a `KERNELS` table, named as in core."""
 
 
@@ -39,14 +49,7 @@ class TpuBackend(Backend):
 
     def gaps(self) -> Sequence[Gap]:
         """What is not written for TPUs."""
-        from batch_invariant.ops import CONTRACTS
-
         return (
-            *(
-                Gap(op=name, check="kernel", reason="no kernel for TPU yet")
-                for name in CONTRACTS
-                if name not in self.kernels()
-            ),
             Gap(
                 dtype=torch.float16,
                 check="kernel",
