@@ -48,11 +48,10 @@ def _run(module: str, full: bool) -> dict[str, Any]:
     """The report of one check; what it says meanwhile goes to standard error, as progress."""
     with tempfile.TemporaryDirectory() as folder:
         report, errors = Path(folder) / "report.json", Path(folder) / "errors"
-        command = [sys.executable, "-m", module, "--report", str(report)]
         with (
             errors.open("w") as sink,
             subprocess.Popen(
-                command + (["--full"] if full else []),
+                _command(module, report, full),
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 text=True,
@@ -72,6 +71,11 @@ def _run(module: str, full: bool) -> dict[str, Any]:
             return {"holds": False, "error": f"{module} took longer than {_TIMEOUT} s"}
         last = errors.read_text().strip()[-400:]
         return {"holds": False, "error": f"{module} ended with {code}: {last}"}
+
+
+def _command(module: str, report: Path, full: bool) -> list[str]:
+    command = [sys.executable, "-m", module, "--report", str(report)]
+    return command + (["--full"] if full else [])
 
 
 def _what(entry: dict[str, Any]) -> str:
