@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -46,6 +46,17 @@ class TpuBackend(Backend):
         """The kernels of every family; BackendUnavailable without a recent jax."""
         require_jax()
         return _kernels()
+
+    def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
+        """The elementwise functions; XLA's own may be fused with what stands beside them."""
+        from batch_invariant_tpu.elementwise import ATEN
+
+        kernels = self.kernels()
+
+        def of(name: str) -> Callable[..., Any]:
+            return lambda keyset, *args, **keywords: kernels[name].fn(*args, **keywords)
+
+        return {overload: of(name) for overload, name in ATEN.items()}
 
     def gaps(self) -> Sequence[Gap]:
         """What is not written for TPUs."""

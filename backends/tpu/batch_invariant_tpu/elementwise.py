@@ -15,6 +15,9 @@ from batch_invariant_tpu.jax.elementwise import elementwise, pow
 ORDER = undeclared("nothing is added across elements")
 _NAMES = "exp log rsqrt sin cos tanh erf sigmoid silu".split()
 
+ATEN = {name: name for name in (*_NAMES, "gelu")} | {"pow.Tensor_Scalar": "pow"}
+"""The aten overloads that are these functions. In-place and out= ones are refused by the mode."""
+
 
 def _of(name: str) -> Callable[..., jax.Array]:
     def function(self: jax.Array, *, how: Any) -> jax.Array:

@@ -61,6 +61,7 @@ def test_torchax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = registry.load("tpu").probe()
     assert not answer.ok
     assert "linear would slip past" in answer.reason
+    assert "0.0.13 cannot even be imported" in answer.reason
 
 
 def test_another_vendors_device_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from batch_invariant import registry
-from batch_invariant.errors import OpNotSupported
+from batch_invariant.errors import BackendUnavailable, OpNotSupported
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.ops.bits import mismatch
 from batch_invariant.ops.contract import Case, Data, Draw
@@ -139,3 +139,13 @@ def test_indices_are_torchs_on_torchtpu(monkeypatch: pytest.MonkeyPatch) -> None
     out = run("embedding", lambda: None, (x, torch.tensor([1]).as_subclass(OnTpu)), {})
     assert seen == [torch.float32, torch.int32]
     assert [t.dtype for t in out] == [torch.float32, torch.int64]
+
+
+def test_the_mode_gets_overrides_for_elementwise_functions() -> None:
+    overrides = registry.load("tpu").aten_overrides()
+    assert len(overrides) == len(FUNCTIONS)
+    for overload, fn in overrides.items():
+        name, _, variant = overload.partition(".")
+        assert getattr(getattr(torch.ops.aten, name), variant or "default")
+        with pytest.raises(BackendUnavailable, match="tensors on cpu"):
+            fn(None, torch.ones(2), *((2,) if name == "pow" else ()))

@@ -170,22 +170,36 @@ def _channels(dtype: str) -> Iterator[Case]:
 
 
 def _elementwise(dtype: str) -> Iterator[Case]:
+    import jax
     import jax.numpy as jnp
 
     from batch_invariant_tpu import jax as bi
     from batch_invariant_tpu.jax.elementwise import FUNCTIONS
 
-    functions = {name: lambda x, name=name: bi.elementwise(name, x) for name in FUNCTIONS}
-    functions["pow, 1.7"] = lambda x: bi.pow(x, 1.7)
-    functions["pow, 3"] = lambda x: bi.pow(x, 3)
-    for name, fn in functions.items():
+    plain = {
+        **{name: getattr(jnp, name) for name in ("exp", "log", "sin", "cos", "tanh")},
+        **{name: getattr(jax.nn, name) for name in ("sigmoid", "silu")},
+        "rsqrt": jax.lax.rsqrt,
+        "erf": jax.lax.erf,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": jax.nn.gelu,
+    }
+    table = {
+        name: (lambda x, name=name: bi.elementwise(name, x), plain[name]) for name in FUNCTIONS
+    }
+    for exponent in (1.7, 3):
+        table[f"pow, {exponent}"] = (
+            lambda x, exponent=exponent: bi.pow(x, exponent),
+            lambda x, exponent=exponent: jnp.power(x, exponent),
+        )
+    for name, (fn, own) in table.items():
         yield Case(
             f"{name} of 1024",
             fn,
             lambda m: [((m, 1024), dtype)],
             (0,),
             lambda m: 1.0 * m * 1024,
-            jnp.exp,
+            own,
         )
 
 
