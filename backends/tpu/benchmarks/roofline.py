@@ -7,10 +7,11 @@ arithmetic over peak rate and bytes over peak bandwidth. least: of the operator,
 and each result written once (`memory_analysis`). ours: of what the kernel's blocks read, write and
 multiply, padding included. XLA: of XLA's own operator by its `cost_analysis`, which counts what a
 fusion reads again, and so may be too much. temporary: what the compiled programs hold beside
-arguments and results.
+arguments and results. A dash: jax could not read XLA's own program.
 """
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         dumps = dump_folder(Path(scratch))
+        import jax
+
         from batch_invariant_tpu.compile_check.cases import cases
 
         print("| generation | kernel | M | least, us | ours | XLA | temporary, ours / XLA, KB |")
@@ -99,19 +102,26 @@ def main() -> None:
             for case in cases(generation, "bfloat16", False):
                 if case.name not in (args.kernel or NAMES):
                     continue
-                # jax 0.10.2 cannot print XLA's program for attention with more sequences.
-                for m in BATCHES[:2] if case.name.startswith("attention") else BATCHES:
+                for m in BATCHES[:2] if case.name == "attention, decode" else BATCHES:
                     shapes = case.shapes(m)
-                    mine, plain = (compiler.compile(fn, shapes) for fn in (case.fn, case.plain))
+                    mine, plain = compiler.compile(case.fn, shapes), None
+                    # jax 0.10.2 cannot print some programs of XLA's own, and says so.
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):
+                        plain = compiler.compile(case.plain, shapes)
                     here = bound(*ours(case.name, m, generation))
-                    there = bound(plain.cost.get("flops", 0.0), plain.cost["bytes accessed"])
                     memory = mine.memory
                     passed = memory["argument_size_in_bytes"] + memory["output_size_in_bytes"]
                     least = bound(case.flops(m), passed)
-                    held = [p.memory["temp_size_in_bytes"] >> 10 for p in (mine, plain)]
+                    there, held = "-", "-"
+                    if plain is not None:
+                        cost = plain.cost
+                        there = f"{bound(cost.get('flops', 0.0), cost['bytes accessed']):.1f}"
+                        held = str(plain.memory["temp_size_in_bytes"] >> 10)
+                    temporary = memory["temp_size_in_bytes"] >> 10
                     print(
                         f"| {generation} | {case.name} | {m} | {least:.1f} | {here:.1f} | "
-                        f"{there:.1f} | {held[0]} / {held[1]} |"
+                        f"{there} | {temporary} / {held} |",
+                        flush=True,
                     )
 
 

@@ -5,8 +5,8 @@
     y = bi.rms_norm(bi.linear(x, weight), scale)
 
 They work under jit, vmap, grad and shard_map. A row's result has the same bits whatever else is in
-the batch. Each is one Pallas kernel, compiled for the TPU; `interpret=True` computes on the CPU,
-which tests the wiring and says nothing about the bits of a TPU.
+the batch. What adds across elements is a Pallas kernel, compiled for the TPU; `interpret=True`
+computes on the CPU, which tests the wiring and says nothing about the bits of a TPU.
 """
 
 from batch_invariant_tpu.requirements import require_jax
