@@ -44,6 +44,8 @@ _HOME = {
     "ops.attention": ("scaled_dot_product_attention",),
     "ops.embedding": ("embedding",),
     "ops.select": ("argmax", "topk"),
+    "ops.sample": ("sample",),
+    "integrations.generation": ("SeededSampling",),
     "ops.elementwise": (
         "cos",
         "erf",

@@ -19,7 +19,7 @@ from batch_invariant.errors import BackendUnavailable
 
 FAMILIES = (
     *("matmul", "reduce", "scan", "softmax", "norm"),
-    *("attention", "embedding", "select", "elementwise"),
+    *("attention", "embedding", "select", "elementwise", "sample"),
 )
 """Modules with a `KERNELS` table, named as in core; one that is missing is a gap."""
 

@@ -54,12 +54,16 @@ def _kernels() -> dict[str, Kernel]:
         matmul,
         norm,
         reduce,
+        sample,
         scan,
         select,
         softmax,
     )
 
-    families = (matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise)
+    families = (
+        *(matmul, softmax, reduce, scan, norm),
+        *(attention, embedding, select, elementwise, sample),
+    )
     return {name: kernel for family in families for name, kernel in family.KERNELS.items()}
 
 

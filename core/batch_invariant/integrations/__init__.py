@@ -1,0 +1,1 @@
+"""Thin connections to other libraries, each imported only on use."""
