@@ -51,6 +51,7 @@ def _kernels() -> dict[str, Kernel]:
         attention,
         elementwise,
         embedding,
+        grouped,
         matmul,
         norm,
         reduce,
@@ -61,7 +62,7 @@ def _kernels() -> dict[str, Kernel]:
     )
 
     families = (
-        *(matmul, softmax, reduce, scan, norm),
+        *(matmul, grouped, softmax, reduce, scan, norm),
         *(attention, embedding, select, elementwise, sample),
     )
     return {name: kernel for family in families for name, kernel in family.KERNELS.items()}

@@ -10,6 +10,7 @@ from batch_invariant.ops import (
     attention,
     elementwise,
     embedding,
+    grouped,
     matmul,
     norm,
     reduce,
@@ -22,7 +23,7 @@ from batch_invariant.ops.contract import Op
 from batch_invariant.ops.register import define
 
 FAMILIES = (
-    *(matmul, softmax, reduce, scan, norm),
+    *(matmul, grouped, softmax, reduce, scan, norm),
     *(attention, embedding, select, elementwise, sample),
 )
 
