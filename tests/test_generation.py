@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import batch_invariant as bi
-from batch_invariant.cli import demo, models
+from batch_invariant.cli import models
+from batch_invariant.cli.demo.prompts import PROMPTS, read_prompts
 
 SEEDS = [11, 12, 2**40, 7, -3]
 NEW = 8
@@ -45,7 +46,7 @@ def seeded(seeds: list[int]) -> Any:
 
 
 def test_a_request_has_the_same_text_alone_and_among_others(real: Any) -> None:
-    prompts = demo.read_prompts(demo.PROMPTS)[: len(SEEDS)]
+    prompts = read_prompts(PROMPTS)[: len(SEEDS)]
     with bi.enabled():
         together = generate(real, prompts, seeded(SEEDS))
         for row, (prompt, seed) in enumerate(zip(prompts, SEEDS, strict=True)):
@@ -60,7 +61,7 @@ def test_a_request_has_the_same_text_alone_and_among_others(real: Any) -> None:
 
 def test_positions_that_count_the_padding_are_seen(real: Any) -> None:
     """The control: without the mask a padded request draws elsewhere."""
-    prompts = demo.read_prompts(demo.PROMPTS)[: len(SEEDS)]
+    prompts = read_prompts(PROMPTS)[: len(SEEDS)]
     with bi.enabled():
         right = generate(real, prompts, seeded(SEEDS), 4)
         wrong = generate(real, prompts, lambda _: bi.SeededSampling(SEEDS, **FILTERS), 4)
@@ -70,7 +71,7 @@ def test_positions_that_count_the_padding_are_seen(real: Any) -> None:
 def test_a_request_can_be_taken_up_again(real: Any) -> None:
     """The draws after some tokens are those of the uninterrupted request."""
     model, tokenizer = real
-    prompt = tokenizer(demo.read_prompts(demo.PROMPTS)[:1], return_tensors="pt").input_ids
+    prompt = tokenizer(read_prompts(PROMPTS)[:1], return_tensors="pt").input_ids
     options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
 
     def go_on(ids: torch.Tensor, new: int) -> torch.Tensor:
