@@ -169,7 +169,6 @@ _REASONS = {
     "_native_batch_norm_legit": _MIXES_ROWS,
     "native_batch_norm": _MIXES_ROWS,
     "_batch_norm_with_update": _MIXES_ROWS,
-    "_grouped_mm": "rows of one expert see each other; multiply each group with mm",
     "cumprod": "it has no fixed order; use exp(cumsum(log(x))) or prod",
     "nansum": "use nan_to_num and sum",
     "trace": "use diagonal and sum",
