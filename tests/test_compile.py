@@ -226,6 +226,43 @@ def test_each_setting_has_its_own_graphs(install: Any) -> None:
     assert len(compiled) == 4
 
 
+@needs_compiler
+def test_a_pair_that_a_backend_has_a_kernel_for(install: Any) -> None:
+    install(
+        """
+        import torch
+        from batch_invariant.cpu import CpuBackend
+
+        class Plugin(CpuBackend):
+            name = "othercpu"
+
+            def fused_kernels(self):
+                def mean_square(x, dim, keepdim):
+                    return torch.ops.batch_invariant.mean(x.float() * x.float(), dim, keepdim)
+
+                return {"mean_square": mean_square}
+        """,
+        name="othercpu",
+    )
+
+    def f(x: Tensor) -> Tensor:
+        wide, narrow = x.float(), x.to(torch.bfloat16)
+        square = narrow * narrow  # of bf16, and so rounded: it stays
+        return (wide * wide).mean(-1, keepdim=True) + square.mean(-1, keepdim=True) + wide
+
+    x = cancelling(5, 1031, torch.bfloat16)
+    compiled = torch.compile(f)
+    with torch.no_grad(), bi.enabled():
+        before = bi.audit(compiled, x)
+        with bi.use_backend("othercpu"):
+            after = bi.audit(compiled, x)
+    name = "batch_invariant_fused::mean_square"
+    assert [ran.op for ran in after.of("covered")].count(name) == 1
+    assert name not in str(before)
+    assert after.ok
+    assert mismatch(after.result, before.result) is None
+
+
 def test_only_graphs_of_this_setting_run_where_compiling_is_off() -> None:
     compiled: list[int] = []
     x, w = cancelling(64, 1024), torch.randn(1024, 96)

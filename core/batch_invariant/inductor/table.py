@@ -74,7 +74,8 @@ class _Rewrite:
                 raise device.fault.with_traceback(None)
             return _contracts()[self.name](*self._positional(args), **kwargs)
         reason = coverage.harmless(self.name, device.harmless)
-        if may_fuse(self.func, reason, device, self._given(args, kwargs)):
+        given = self._given(args, kwargs)
+        if may_fuse(self.func, reason, device, given, self.rules.eager_bits):
             return self._inductor(args, kwargs)
         refused = device.refused.get(self.name)
         if refused is not None and not (refused.only_floating and not _inexact(values)):

@@ -1,0 +1,176 @@
+"""A compiled model, with the mode and without: are its logits those of one row alone, at what cost?
+
+The model of `model.py` under `torch.compile`. Every graph is compiled by a process of its own with
+empty caches, all at once; then the processes measure one after another, with the GPU to themselves.
+
+    python compiled.py --out cuda_compiled.json
+
+`decode` is one token in a CUDA graph (mode="reduce-overhead"), `prefill` the dynamic graph of
+several rows and tokens. The compile time is that of the first call, after an eager one, so that
+Triton has compiled the kernels of the library before. --smoke: tiny, on a CPU, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import BATCHES, milliseconds, model
+
+PARTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
+    # How it is compiled, tokens, rows; the first of each are timed.
+    "prefill": ({"dynamic": True}, (256, 17), tuple(reversed(BATCHES[1:]))),
+    "decode": ({"mode": "reduce-overhead"}, (1,), (1,)),
+    "alone": ({"dynamic": True}, (256, 17), (1,)),
+    "decodes": ({"dynamic": True}, (1,), tuple(reversed(BATCHES[1:]))),
+}
+PROCESSES = (
+    ("stock", "prefill"),
+    ("ours", "prefill"),
+    ("stock", "decode"),
+    ("ours", "decode"),
+    ("ours", "alone"),
+    ("ours", "decodes"),
+)
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def ids(rows: int, tokens: int, smoke: bool) -> torch.Tensor:
+    """The first rows of the prompts of that length."""
+    generator = torch.Generator().manual_seed(tokens)
+    most = SMALL["vocab_size"] if smoke else 150000
+    drawn = torch.randint(0, most, (max(BATCHES), tokens), generator=generator)[:rows]
+    return drawn if smoke else drawn.cuda()
+
+
+@torch.inference_mode()
+def work(channel: Any, variant: str, part: str, smoke: bool, profile: str) -> None:
+    """Compiles a part, says so, and measures when told to."""
+    options, tokens, rows = PARTS[part]
+    if smoke and "mode" in options:
+        options = {}
+    network = model("cpu", **SMALL) if smoke else model()
+    mode: Any = contextlib.nullcontext()
+    if variant == "ours":
+        import batch_invariant
+
+        mode = batch_invariant.enabled()
+    compiled = torch.compile(network, **options)
+
+    def logits(given: torch.Tensor, of: Any = compiled) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        out: torch.Tensor = of(input_ids=given, use_cache=False, logits_to_keep=1).logits
+        return out
+
+    first = ids(rows[0], tokens[0], smoke)
+    with mode:
+        logits(first, network)
+        started = time.perf_counter()
+        logits(first)
+        taken = time.perf_counter() - started
+        bits = {
+            f"S{s}B{b}": logits(ids(b, s, smoke))[0, -1].view(torch.int16).cpu().numpy()
+            for s in tokens
+            for b in rows
+        }
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        channel.send("ready")
+        channel.recv()
+        figures: dict[str, float] = {"compile_s": round(taken, 2), "graphs": graphs}
+        figures["ms"] = milliseconds(lambda: logits(first))
+        figures["eager_ms"] = milliseconds(lambda: logits(first, network))
+        if profile:
+            with torch.profiler.profile() as seen:
+                logits(first)
+            table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=40)
+            Path(profile, f"{variant}_{part}.txt").write_text(table)
+        channel.send((figures, bits))
+        channel.recv()
+
+
+def measured(smoke: bool, profile: str) -> dict[str, Any]:
+    """Runs every process; their figures, and how many logits of row 0 differ from its own alone."""
+    context = get_context("spawn")
+    running = {}
+    for variant, part in PROCESSES:
+        folder = tempfile.mkdtemp()
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[name] = os.path.join(folder, name)
+        here, there = context.Pipe()
+        given = (there, variant, part, smoke, profile)
+        process = context.Process(target=work, args=given, daemon=True)
+        process.start()
+        there.close()
+        running[variant, part] = (process, here)
+    found: dict[tuple[str, str], Any] = {}
+    for _, channel in running.values():
+        channel.recv()
+    print("all are compiled", flush=True)
+    for key, (_, channel) in running.items():
+        channel.send("go")
+        found[key] = channel.recv()
+    for process, channel in running.values():
+        channel.send("done")
+        process.join()
+    bits = {key: values for key, (_, values) in found.items()}
+    alone = {**bits["ours", "alone"], **bits["ours", "decode"]}
+    differ = {
+        at: int((got != alone[at.partition("B")[0] + "B1"]).sum())
+        for (variant, _), values in bits.items()
+        for at, got in values.items()
+        if variant == "ours"
+    }
+    stock = bits["stock", "prefill"]
+    control = {
+        at: int((got != stock[at.partition("B")[0] + "B2"]).sum()) for at, got in stock.items()
+    }
+    figures = {f"{variant}_{part}": figures for (variant, part), (figures, _) in found.items()}
+    return {
+        "logits_that_differ_from_alone": differ,
+        "stock_logits_that_differ_from_two_rows": control,
+        "figures": figures,
+        "ratios": {
+            f"{part}_{name}": round(
+                figures[f"ours_{part}"][name] / figures[f"stock_{part}"][name], 3
+            )
+            for part in ("prefill", "decode")
+            for name in ("ms", "compile_s")
+        },
+    }
+
+
+def main() -> None:
+    """Prints the JSON, and writes it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="write the JSON there")
+    parser.add_argument("--profile", default="", help="a folder for the kernels of one call each")
+    parser.add_argument("--smoke", action="store_true")
+    given = parser.parse_args()
+    if given.profile:
+        Path(given.profile).mkdir(exist_ok=True)
+    device = "CPU, tiny" if given.smoke else torch.cuda.get_device_name()
+    versions = {"device": device, "torch": torch.__version__, "cores": os.cpu_count()}
+    text = json.dumps({**versions, **measured(given.smoke, given.profile)}, indent=1)
+    print(text)
+    if given.out:
+        Path(given.out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
