@@ -315,6 +315,7 @@ def survey(dtypes: list[torch.dtype], part: int, parts: int) -> dict[str, Any]:
     results: dict[str, dict[str, dict[str, int]]] = {}
     unsupported: dict[str, str] = {}
     for call in itertools.islice(calls(), part, None, parts):
+        print(part, call.label, file=sys.stderr, flush=True)  # which kernel hangs, if one does
         done = results.setdefault(call.label, {})
         reason = ""
         for dtype in dtypes:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from batch_invariant.backend import Kernel
+from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.order import undeclared
@@ -18,8 +19,13 @@ from batch_invariant.stock import stock
 
 
 def _kernel(overload: str) -> Kernel:
-    def fn(*args: Any, **kwargs: Any) -> Any:
-        return stock(overload, "CUDA")(*args, **kwargs)
+    def fn(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_complex():
+            raise OpNotSupported(
+                f"{overload} on CUDA takes real numbers, got {self.dtype}: torch's kernels for "
+                "complex ones have not been checked; split real and imaginary parts"
+            )
+        return stock(overload, "CUDA")(self, *args, **kwargs)
 
     return Kernel(
         fn=fn,

@@ -19,8 +19,8 @@ def _embedding(weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 KERNELS = {
     "embedding": Kernel(
         fn=_embedding,
-        guarantee=Guarantee.BATCH,
-        dtypes=frozenset((*FLOATS, torch.float64)),
+        guarantee=Guarantee.SCHEDULE,
+        dtypes=frozenset((*FLOATS, torch.float64, torch.complex64, torch.complex128)),
         order=undeclared("copies"),
         portable=frozenset((*FLOATS, torch.float64)),
     )

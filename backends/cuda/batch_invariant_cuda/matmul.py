@@ -286,10 +286,10 @@ class _Order(Mapping[torch.dtype, Order]):
         return len(DTYPES)
 
 
-def _kernel(fn: Any) -> Kernel:
+def _kernel(fn: Any, guarantee: Guarantee) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=guarantee,
         dtypes=frozenset(DTYPES),
         order=_Order(),
         portable=frozenset((torch.float32, torch.float64)),
@@ -297,9 +297,9 @@ def _kernel(fn: Any) -> Kernel:
 
 
 KERNELS = {
-    "mm": _kernel(_mm),
-    "addmm": _kernel(_addmm),
-    "bmm": _kernel(_bmm),
-    "baddbmm": _kernel(_baddbmm),
-    "linear": _kernel(_linear),
+    "mm": _kernel(_mm, Guarantee.SCHEDULE),
+    "addmm": _kernel(_addmm, Guarantee.SCHEDULE),
+    "bmm": _kernel(_bmm, Guarantee.BATCH),
+    "baddbmm": _kernel(_baddbmm, Guarantee.BATCH),
+    "linear": _kernel(_linear, Guarantee.SCHEDULE),
 }

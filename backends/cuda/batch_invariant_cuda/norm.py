@@ -91,11 +91,12 @@ def norm_rows(
     out = torch.empty_like(x)
     size = n if variance_size is None else variance_size
     total = None if residual is None else torch.empty_like(x)
-    stats = torch.empty(2, rows, dtype=torch.float32, device=x.device) if centred else None
-    mean, rstd = (None, None) if stats is None else (stats[0], stats[1])
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device) if centred else None
+    rstd = None if mean is None else torch.empty_like(mean)
     if not x.numel():
-        if stats is not None:
-            stats.fill_(math.nan)
+        for stat in (mean, rstd):
+            if stat is not None:
+                stat.fill_(math.nan)
         return out, total, mean, rstd
     weight, bias = _parameter(weight, x.dtype), _parameter(bias, x.dtype)
     shape = plan_of(x, residual)
@@ -312,10 +313,10 @@ def _group_norm(
     return out.view(input.shape), mean.view(batch, num_groups), rstd.view(batch, num_groups)
 
 
-def _kernel(fn: Callable[..., Any]) -> Kernel:
+def _kernel(fn: Callable[..., Any], guarantee: Guarantee) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=guarantee,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=ROW_ORDER,
         portable=frozenset(FLOATS),
@@ -323,7 +324,7 @@ def _kernel(fn: Callable[..., Any]) -> Kernel:
 
 
 KERNELS = {
-    "rms_norm": _kernel(_rms_norm),
-    "layer_norm": _kernel(_layer_norm),
-    "group_norm": _kernel(_group_norm),
+    "rms_norm": _kernel(_rms_norm, Guarantee.SCHEDULE),
+    "layer_norm": _kernel(_layer_norm, Guarantee.SCHEDULE),
+    "group_norm": _kernel(_group_norm, Guarantee.BATCH),
 }

@@ -92,7 +92,7 @@ def _topk(
 def _kernel(fn: Callable[..., Any]) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=undeclared("exact selection, lowest index first"),
         portable=frozenset((*FLOATS, torch.float64)),

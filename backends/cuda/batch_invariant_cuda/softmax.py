@@ -175,7 +175,7 @@ def _derivative(log: bool) -> Callable[..., torch.Tensor]:
 def _kernel(fn: Callable[..., Any]) -> Kernel:
     return Kernel(
         fn=fn,
-        guarantee=Guarantee.BATCH,
+        guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
         order=ROW_ORDER,
         portable=frozenset(FLOATS),

@@ -8,6 +8,7 @@ beside each other and beside eager calls.
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -26,14 +27,28 @@ def counters(size: int, device: torch.device, stream: int) -> torch.Tensor:
     if found is None or found.numel() < size:
         with _lock:
             # A smaller one may be in use by launches under way: it is kept, not freed.
-            found = torch.zeros(max(size, _EAGER), dtype=torch.int32, device=device)
+            found = _lasting(max(size, _EAGER), device)
             _kept.append(found)
             _of_stream[device.index, stream] = found
             if device.index not in _reserve:
-                zeros = torch.zeros(_CAPTURED, dtype=torch.int32, device=device)
-                torch.cuda.current_stream(device).synchronize()
-                _reserve[device.index] = (zeros, 0)
+                _reserve[device.index] = (_lasting(_CAPTURED, device), 0)
     return found
+
+
+def _lasting(size: int, device: torch.device) -> torch.Tensor:
+    """Zeros that any stream may use, outside of the memory pool of the calling thread.
+
+    While CUDA graph trees warm up, a thread allocates from the pool of its graph, where nothing
+    may stay; that holds for this thread alone.
+    """
+
+    def zeros() -> torch.Tensor:
+        made = torch.zeros(size, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(zeros).result()
 
 
 _kept: list[torch.Tensor] = []

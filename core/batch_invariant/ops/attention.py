@@ -246,12 +246,13 @@ def _flash_for_cpu(
     return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
 
 
-def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
+def _bound(dtype: torch.dtype, **args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """An error of d in a score is a factor of exp(d) in a weight; then the chains over keys.
 
-    A weight may be rounded to the dtype of the input, as the units that multiply it take it.
+    A weight may be rounded to the dtype of the input, as the units that multiply it take it, and
+    so may the terms of the denominator: the log-sum-exp is that of what was divided by.
     """
-    exact = _reference(**args)[0]
+    exact, lse = _reference(**args)
     query, key, value = args["query"], args["key"], args["value"]
     if args["enable_gqa"]:
         key, value = expanded_heads(query, key, value)
@@ -262,7 +263,8 @@ def _bound(dtype: torch.dtype, **args: Any) -> torch.Tensor:
     chains = sum_bound(largest, exact, key.size(-2) + 16, dtype)
     weights = torch.finfo(dtype).eps / 2
     scores: torch.Tensor = 2 * largest * (torch.expm1(2 * error) + weights)
-    return scores + chains
+    keys = unit * (key.size(-2) + 16)
+    return scores + chains, error[..., 0] + weights + keys + unit * lse.abs()
 
 
 def _case(heads: int, kv_heads: int, length: int, keys: int, size: int, mask: str = "") -> Case:

@@ -103,7 +103,8 @@ class Op:
     probe: how the order of its additions is measured; None: nothing is added across elements, or
         the sum cannot be seen from outside.
     error_bound: from float64 arguments and the input dtype, the largest allowed absolute error
-        of the first output, elementwise: the accuracy half of the contract.
+        of the first output, elementwise: the accuracy half of the contract. A tuple bounds the
+        first outputs.
     aten: the aten overloads that the mode sends to this operator. The value adapts the overload's
         arguments: it takes the kernel, then the arguments; None passes them on as they are.
     composite: aten overloads that torch decomposes above the backend. They are overridden at
@@ -122,7 +123,7 @@ class Op:
     schedule: Callable[[Mapping[str, Any], Mapping[str, int]], Iterator[Variant]] | None = None
     any_size: Callable[..., Case] | None = None
     probe: Probe | None = None
-    error_bound: Callable[..., torch.Tensor] | None = None
+    error_bound: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None = None
     level: Guarantee = Guarantee.BATCH
     dtypes: tuple[torch.dtype, ...] = FLOATS
     aten: Mapping[str, Callable[..., Any] | None] = field(default_factory=dict)
