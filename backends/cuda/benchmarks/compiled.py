@@ -7,7 +7,9 @@ empty caches, all at once; then the processes measure one after another, with th
 
 `decode` is one token in a CUDA graph (mode="reduce-overhead"), `prefill` the dynamic graph of
 several rows and tokens. The compile time is that of the first call, after an eager one, so that
-Triton has compiled the kernels of the library before. --smoke: tiny, on a CPU, to see that it runs.
+Triton has compiled the kernels of the library before. `eager_bits` is the mode with that option,
+and `logits_unlike_eager` the part of all logits of that call whose bits eager code does not give;
+--smoke: tiny, on a CPU, to see that it runs.
 """
 
 from __future__ import annotations
@@ -25,20 +27,21 @@ from typing import Any
 import torch
 from model import BATCHES, milliseconds, model
 
-PARTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
-    # How it is compiled, tokens, rows; the first of each are timed.
-    "prefill": ({"dynamic": True}, (256, 17), tuple(reversed(BATCHES[1:]))),
-    "decode": ({"mode": "reduce-overhead"}, (1,), (1,)),
-    "alone": ({"dynamic": True}, (256, 17), (1,)),
-    "decodes": ({"dynamic": True}, (1,), tuple(reversed(BATCHES[1:]))),
+SEVERAL = tuple(reversed(BATCHES[1:]))
+PARTS: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
+    # How it is compiled, tokens, rows; the first number of rows is timed.
+    "prefill": ({"dynamic": True}, 256, SEVERAL[:1]),
+    "decode": ({"mode": "reduce-overhead"}, 1, (1,)),
+    "prefills": ({"dynamic": True}, 256, SEVERAL[1:]),
+    "short": ({"dynamic": True}, 17, SEVERAL),
+    "decodes": ({"dynamic": True}, 1, SEVERAL),
+    "prefill alone": ({"dynamic": True}, 256, (1,)),
+    "short alone": ({"dynamic": True}, 17, (1,)),
 }
 PROCESSES = (
-    ("stock", "prefill"),
-    ("ours", "prefill"),
-    ("stock", "decode"),
-    ("ours", "decode"),
-    ("ours", "alone"),
-    ("ours", "decodes"),
+    *(("ours", part) for part in PARTS),
+    *(("stock", part) for part in ("prefill", "decode", "prefills")),
+    *(("eager_bits", part) for part in ("prefill", "decode")),
 )
 SMALL = {
     "vocab_size": 512,
@@ -67,10 +70,10 @@ def work(channel: Any, variant: str, part: str, smoke: bool, profile: str) -> No
         options = {}
     network = model("cpu", **SMALL) if smoke else model()
     mode: Any = contextlib.nullcontext()
-    if variant == "ours":
+    if variant != "stock":
         import batch_invariant
 
-        mode = batch_invariant.enabled()
+        mode = batch_invariant.enabled(eager_bits=variant == "eager_bits")
     compiled = torch.compile(network, **options)
 
     def logits(given: torch.Tensor, of: Any = compiled) -> torch.Tensor:
@@ -78,21 +81,25 @@ def work(channel: Any, variant: str, part: str, smoke: bool, profile: str) -> No
         out: torch.Tensor = of(input_ids=given, use_cache=False, logits_to_keep=1).logits
         return out
 
-    first = ids(rows[0], tokens[0], smoke)
+    first = ids(rows[0], tokens, smoke)
     with mode:
-        logits(first, network)
         started = time.perf_counter()
-        logits(first)
+        eager = logits(first, network)
+        kernels = time.perf_counter() - started
+        started = time.perf_counter()
+        got = logits(first)
         taken = time.perf_counter() - started
+        unlike = int((got.view(torch.int16) != eager.view(torch.int16)).sum())
         bits = {
-            f"S{s}B{b}": logits(ids(b, s, smoke))[0, -1].view(torch.int16).cpu().numpy()
-            for s in tokens
+            f"S{tokens}B{b}": logits(ids(b, tokens, smoke))[0, -1].view(torch.int16).cpu().numpy()
             for b in rows
         }
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         channel.send("ready")
         channel.recv()
         figures: dict[str, float] = {"compile_s": round(taken, 2), "graphs": graphs}
+        figures["first_eager_s"] = round(kernels, 2)
+        figures["logits_unlike_eager"] = round(unlike / got.numel(), 6)
         figures["ms"] = milliseconds(lambda: logits(first))
         figures["eager_ms"] = milliseconds(lambda: logits(first, network))
         if profile:
@@ -101,11 +108,11 @@ def work(channel: Any, variant: str, part: str, smoke: bool, profile: str) -> No
             table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=40)
             Path(profile, f"{variant}_{part}.txt").write_text(table)
         channel.send((figures, bits))
-        channel.recv()
 
 
-def measured(smoke: bool, profile: str) -> dict[str, Any]:
+def measured(smoke: bool, profile: str, patience: float) -> dict[str, Any]:
     """Runs every process; their figures, and how many logits of row 0 differ from its own alone."""
+    end = time.monotonic() + patience
     context = get_context("spawn")
     running = {}
     for variant, part in PROCESSES:
@@ -119,40 +126,44 @@ def measured(smoke: bool, profile: str) -> dict[str, Any]:
         there.close()
         running[variant, part] = (process, here)
     found: dict[tuple[str, str], Any] = {}
-    for _, channel in running.values():
-        channel.recv()
-    print("all are compiled", flush=True)
-    for key, (_, channel) in running.items():
+    ready = {}
+    for key, (process, channel) in running.items():
+        with contextlib.suppress(EOFError):  # it failed, and has said why
+            if channel.poll(max(0.0, end - time.monotonic())):
+                channel.recv()
+                ready[key] = channel
+                continue
+        process.kill()
+    print("compiled:", *ready, flush=True)
+    for key, channel in ready.items():
         channel.send("go")
-        found[key] = channel.recv()
-    for process, channel in running.values():
-        channel.send("done")
-        process.join()
+        with contextlib.suppress(EOFError):
+            found[key] = channel.recv()
     bits = {key: values for key, (_, values) in found.items()}
-    alone = {**bits["ours", "alone"], **bits["ours", "decode"]}
-    differ = {
-        at: int((got != alone[at.partition("B")[0] + "B1"]).sum())
-        for (variant, _), values in bits.items()
-        for at, got in values.items()
-        if variant == "ours"
-    }
-    stock = bits["stock", "prefill"]
-    control = {
-        at: int((got != stock[at.partition("B")[0] + "B2"]).sum()) for at, got in stock.items()
-    }
+    ours = {at: got for (v, _), values in bits.items() if v == "ours" for at, got in values.items()}
+    stock = {**bits.get(("stock", "prefill"), {}), **bits.get(("stock", "prefills"), {})}
+    differ, control = _unlike(ours, "B1"), _unlike(stock, "B2")
     figures = {f"{variant}_{part}": figures for (variant, part), (figures, _) in found.items()}
     return {
         "logits_that_differ_from_alone": differ,
         "stock_logits_that_differ_from_two_rows": control,
         "figures": figures,
         "ratios": {
-            f"{part}_{name}": round(
-                figures[f"ours_{part}"][name] / figures[f"stock_{part}"][name], 3
+            f"{variant}_{part}_{name}": round(
+                figures[f"{variant}_{part}"][name] / figures[f"stock_{part}"][name], 3
             )
+            for variant in ("ours", "eager_bits")
             for part in ("prefill", "decode")
             for name in ("ms", "compile_s")
+            if {f"{variant}_{part}", f"stock_{part}"} <= set(figures)
         },
     }
+
+
+def _unlike(found: dict[str, Any], base: str) -> dict[str, int]:
+    """How many logits differ from those of that number of rows, at as many tokens."""
+    bases = {at: found.get(at.partition("B")[0] + base) for at in found}
+    return {at: int((got != bases[at]).sum()) for at, got in found.items() if bases[at] is not None}
 
 
 def main() -> None:
@@ -161,12 +172,20 @@ def main() -> None:
     parser.add_argument("--out", help="write the JSON there")
     parser.add_argument("--profile", default="", help="a folder for the kernels of one call each")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=3600,
+        help="seconds after which what is not compiled is left out (default 3600)",
+    )
     given = parser.parse_args()
     if given.profile:
         Path(given.profile).mkdir(exist_ok=True)
     device = "CPU, tiny" if given.smoke else torch.cuda.get_device_name()
     versions = {"device": device, "torch": torch.__version__, "cores": os.cpu_count()}
-    text = json.dumps({**versions, **measured(given.smoke, given.profile)}, indent=1)
+    text = json.dumps(
+        {**versions, **measured(given.smoke, given.profile, given.patience)}, indent=1
+    )
     print(text)
     if given.out:
         Path(given.out).write_text(text + "\n")

@@ -68,5 +68,5 @@ class Fuse(CustomGraphPass):
 def _is_square(node: torch.fx.Node) -> bool:
     aten = torch.ops.aten
     if node.target is aten.mul.Tensor:
-        return node.args[0] is node.args[1]
-    return node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
+        return bool(node.args[0] is node.args[1])
+    return bool(node.target is aten.pow.Tensor_Scalar and node.args[1] == 2)
