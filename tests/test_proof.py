@@ -155,6 +155,39 @@ def test_a_broken_kernel_is_found(
 
 
 @pytest.mark.parametrize(
+    ("check", "condition", "message"),
+    [
+        ("T5 schedule", lambda query, *_: query.size(1) == 7, "queries 0 to 7 of 17"),
+        ("T6 packing", lambda query, *_: query.dim() == 3, "(packed)"),
+        ("T6 packing", lambda query, key, *_: key.size(1) == 64, "pages of 64"),
+        ("T6 packing", lambda query, key, *_: bool(key.isnan().any()), "keys of NaN before"),
+        ("T7 prefix", lambda query, *_: query.size(1) == 9, "the first 9 of 17 tokens"),
+    ],
+)
+def test_attention_that_follows_its_storage_is_found(
+    check: str, condition: Callable[..., bool], message: str
+) -> None:
+    def wrap(fn: Kernel) -> Kernel:
+        def kernel(*args: Any) -> Any:
+            out, lse = fn(*args)
+            return (out.nextafter(out + 1) if condition(*args) else out), lse
+
+        return kernel
+
+    assert not _breaks(check, replace(_subject("attention", _sound), full=False))
+    found = _breaks(check, replace(_subject("attention", wrap), full=False))
+    assert any(message in text for text in found), found
+
+
+def test_a_gradient_that_should_be_refused_is_found() -> None:
+    subject = _subject("mm", _sound)
+    cases = tuple(replace(case, differentiable=False) for case in subject.op.cases)
+    found = _breaks("gradients", replace(subject, op=replace(subject.op, cases=cases)))
+    assert all("went through, and the case is declared to have no gradient" in f for f in found)
+    assert len(found) == len(cases)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"guarantee": Guarantee.RUN_TO_RUN}, "the declared guarantee is: run_to_run, and"),

@@ -42,6 +42,7 @@ _HOME = {
     "ops.scan": ("cumsum",),
     "ops.norm": ("group_norm", "layer_norm", "rms_norm"),
     "ops.attention": ("scaled_dot_product_attention",),
+    "ops.varlen_attention": ("attention",),
     "ops.embedding": ("embedding",),
     "ops.select": ("argmax", "topk"),
     "ops.elementwise": (

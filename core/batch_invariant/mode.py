@@ -227,7 +227,6 @@ def _override(
             for name, fn in with_keyset.items():
                 impl(name, fn, key, True)
             for name, fn in composite.items():
-                impl(name, fn, key)
                 impl(name, fn, f"Autograd{key}")
             for name, reason in refused.items():
                 impl(name, _refuse(name, reason, key, fault), key)
@@ -307,8 +306,8 @@ def overrides(
 ) -> tuple[Overrides, Overrides, Overrides]:
     """The aten overloads that the mode sends elsewhere on a device, by name.
 
-    Returns those at the device's key, those that also take the keyset, and the composite ones,
-    which are overridden at the autograd key as well. With `fault` they raise it.
+    Returns those at the device's key, those that also take the keyset, and those at its autograd
+    key: composite ones, which are overridden at both. With `fault` they raise it.
     """
     kernels: Mapping[str, Any] = {}
     extra: Mapping[str, Callable[..., Any]] = {}
@@ -318,8 +317,11 @@ def overrides(
     plain: Overrides = {}
     composite: Overrides = {}
     for op in CONTRACTS.values():
+        kernel = kernels.get(op.name)
+        direct = op.overload if kernel is None else kernel.fn
         for names, target, found in (
-            (op.aten, kernels[op.name].fn if op.name in kernels else op.overload, plain),
+            (op.aten, direct, plain),
+            (op.composite, direct, plain),
             (op.composite, op.overload, composite),
         ):
             for name, adapter in names.items():
@@ -329,7 +331,8 @@ def overrides(
                 if fault is not None:
                     fn = _raise(fault)
                 found[name] = fn
-                plain.update(_variants(name, fn))
+                if found is plain:
+                    plain.update(_variants(name, fn))
     return plain, dict(extra), composite
 
 

@@ -1,12 +1,13 @@
 """scaled_dot_product_attention on CUDA: which kernel, which tile, which strides.
 
 fp32 is `attention_chains.py`, the bits of the CPU reference; bf16 and fp16 are
-`attention_blocks.py`, on the matrix units.
+`attention_blocks.py`, on the matrix units, and on Hopper what `attention_ring.py` launches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,11 @@ from batch_invariant.ops.attention import check_attention
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.order import serial, undeclared
 from batch_invariant_cuda.attention_blocks import (
-    CHUNK,
+    INSIDE,
+    MARK,
+    NOBODY,
     attention_blocks,
-    combine,
+    mend,
     prepare_mask,
 )
 from batch_invariant_cuda.attention_chains import (
@@ -31,7 +34,19 @@ from batch_invariant_cuda.attention_chains import (
     NO_MASK,
     attention_chains,
 )
-from batch_invariant_cuda.row_launch import multiprocessors
+from batch_invariant_cuda.attention_merge import BLOCK, combine
+from batch_invariant_cuda.attention_ring import (
+    few_rows,
+    many_rows,
+    marks,
+    takes_few,
+    takes_many,
+)
+from batch_invariant_cuda.row_launch import Calls, multiprocessors
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+# A call again, with the addresses of q, k, v, out, lse.
+Again = Callable[[int, int, int, int, int], None]
 
 _WIDEST = 256  # head size whose tiles still fit
 
@@ -103,21 +118,72 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(rows: int, keys: int, widest: int, masked: bool) -> Tile:
+def tile(rows: int, keys: int, widest: int) -> Tile:
     """The tile for so many rows that share keys; any gives the same bits."""
-    stages = 3 if widest <= 128 else 2
+    stages = 2 if widest <= 128 and keys > BLOCK else 1
     if rows <= 16:
         return Tile(16, 4, stages)
     if widest > 128:
         return Tile(64, 8, stages)
-    if rows <= 64 or masked or keys <= CHUNK:
-        return Tile(64, 4, 2)  # two on a multiprocessor
-    return Tile(128, 8, stages)
+    return Tile(64, 4, 1) if rows <= 64 or keys <= 512 else Tile(128, 8, stages)
 
 
-def splits(tiles: int, processors: int) -> bool:
-    """Whether chunks of keys go to programs of their own; it changes no bit."""
-    return tiles < 2 * processors
+def run_of(tiles: int, blocks: int, processors: int) -> int:
+    """Blocks of keys that one program computes of its tile; it changes no bit."""
+    return -(-blocks // max(1, min(blocks, 2 * processors // max(tiles, 1))))
+
+
+def _parts(q: torch.Tensor, blocks: int, v_size: int) -> torch.Tensor:
+    """Room for weighted sum, maximum and sum of each row over each block of keys."""
+    shape = (*q.shape[:3], blocks, v_size + 2)
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _combine(
+    parts: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, is_causal: bool
+) -> Callable[..., None] | None:
+    """The rows from their parts; and how to do it again, with the addresses of the tensors."""
+    if parts is None:
+        return None
+    heads, rows, blocks = parts.shape[1:4]
+    v_size = out.size(3)
+    depth = _padded(v_size)
+    width = min(depth, 32)
+    launch = (
+        lse.numel() * (depth // width), (parts, out, lse), (heads, rows, blocks, v_size),
+        (width, depth // width, 4 if blocks <= 4 else 32, is_causal), 1,
+    )  # fmt: skip
+    combine(*launch)
+    return combine.repeat(*launch)
+
+
+def _few(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    factor: float,
+) -> Again | None:
+    """A few rows that attend to all keys, on Hopper."""
+    blocks = -(-k.size(2) // BLOCK)
+    run = run_of(q.size(0) * k.size(1), blocks, multiprocessors(q.device.index))
+    parts = _parts(q, blocks, v.size(3)) if run < blocks else None
+    start = few_rows(q, k, v, out, lse, parts, run, factor)
+    fold = _combine(parts, out, lse, False)
+    if start is None or (parts is not None and fold is None):
+        return None
+    room, device = 0 if parts is None else parts.numel(), q.device
+
+    def again(q: int, k: int, v: int, out: int, lse: int) -> None:
+        if fold is None:
+            start(k, v, q, out, lse, None)
+            return
+        parts = torch.empty(room, dtype=torch.float32, device=device)
+        start(k, v, q, out, lse, parts.data_ptr())
+        fold(parts.data_ptr(), out, lse)
+
+    return again
 
 
 def _blocks(
@@ -129,10 +195,22 @@ def _blocks(
     lse: torch.Tensor,
     is_causal: bool,
     factor: float,
-) -> None:
+) -> Again | None:
+    factor *= math.log2(math.e)
+    if mask is None and not is_causal and takes_few(q, k, v):
+        return _few(q, k, v, out, lse, factor)
     batch, heads, rows, size = q.shape
     kv_heads, keys, v_size = v.shape[1:]
     group = heads // max(kv_heads, 1)
+    processors = multiprocessors(q.device.index) if q.is_cuda else 1
+    odd = start = None
+    hopper = mask is None and takes_many(q, k, v)
+    if hopper:
+        if is_causal:
+            odd = torch.empty(marks(q), dtype=torch.int8, device=q.device)
+        start = many_rows(q, k, v, out, lse, odd, factor)
+        if odd is None:
+            return None if start is None else lambda *addresses: start(*addresses, None)
     first, strides, firsts = None, (0, 0, 0, 0), (0, 0, 0)
     if mask is not None:
         is_bool = mask.dtype == torch.bool
@@ -146,34 +224,82 @@ def _blocks(
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
     depth, v_depth = _padded(size), _padded(v_size)
-    how = tile(rows * group, keys, max(depth, v_depth), mask is not None)
-    blocks = -(-rows * group // how.rows)
-    tiles = batch * kv_heads * blocks
-    # A mask's first chunk begins before the first key of a row.
-    chunks = -(-keys // CHUNK) + (mask is not None)
-    split = chunks > 1 and splits(tiles, multiprocessors(q.device.index) if q.is_cuda else 1)
+    how = tile(rows * group, keys, max(depth, v_depth))
+    per_head = -(-rows * group // how.rows)
+    tiles = batch * kv_heads * per_head
+    # A mask's first block begins before the first key of a row.
+    blocks = -(-keys // BLOCK) + (mask is not None)
+    run = run_of(tiles, blocks, processors)
+    split = run < blocks and not hopper
     unit = 1 if any(stride % 8 for x in (q, k, v) for stride in x.stride()[:3]) else 8
-    parts = None
-    if split:
-        shape = (batch, heads, rows, chunks, v_size + 2)
-        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-    attention_blocks(
-        tiles * chunks if split else tiles,
-        (q, k, v, mask, first, out, lse, parts),
-        (
-            heads, group, rows, keys, size, v_size, blocks, chunks,
-            *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides, *firsts,
-            factor * math.log2(math.e),
-        ),
-        (
-            how.rows, depth, v_depth, mask is not None, is_causal,
-            (depth, v_depth) == (size, v_size), split, split or chunks == 1, how.stages, unit,
-        ),
-        how.warps,
+    parts = _parts(q, blocks, v_size) if split else None
+    programs = tiles * -(-blocks // run) if split else tiles
+    care = NOBODY
+    if mask is not None or is_causal:
+        care = INSIDE if how.rows <= 16 or split else MARK
+    if care == MARK and not hopper:
+        odd = torch.empty(tiles, dtype=torch.int8, device=q.device)
+    tensors = (q, k, v, mask, first, out, lse, parts, odd)
+    numbers = (
+        heads, group, rows, keys, size, v_size, per_head, blocks, run,
+        *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides,
+        *firsts, factor,
     )  # fmt: skip
-    if parts is not None:
-        numbers = (heads, rows, chunks, v_size)
-        combine(batch * heads * rows, (parts, out, lse), numbers, (v_depth,), 1)
+    whole = (depth, v_depth) == (size, v_size)
+    static = (how.rows, depth, v_depth, mask is not None, is_causal, whole, split)
+    if not hopper:
+        rest = (*static, care, how.stages, unit)
+        attention_blocks(programs, tensors, numbers, rest, how.warps)
+    if odd is not None:
+        launch = (
+            *(min(tiles, processors), tensors, (*numbers, odd.numel(), tiles)),
+            *((*static, INSIDE, 1, unit), how.warps),
+        )
+        mend(*launch)
+        fix = mend.repeat(*launch)
+        if start is not None and fix is not None:
+            return _marked(start, fix, odd)
+    _combine(parts, out, lse, is_causal)
+    return None
+
+
+def _marked(start: Callable[..., None], fix: Callable[..., None], odd: torch.Tensor) -> Again:
+    """Many rows on Hopper, and once more where that left a mark."""
+    count, device = odd.numel(), odd.device
+
+    def again(q: int, k: int, v: int, out: int, lse: int) -> None:
+        odd = torch.empty(count, dtype=torch.int8, device=device)
+        start(q, k, v, out, lse, odd.data_ptr())
+        fix(q, k, v, None, None, out, lse, None, odd.data_ptr())
+
+    return again
+
+
+def _repeat(again: Again, out: torch.Tensor, lse: torch.Tensor) -> Callable[..., Pair]:
+    """A call whose launches are known."""
+    shape, strides, rows, dtype, device = out.shape, out.stride(), lse.shape, out.dtype, out.device
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair:
+        out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        lse = torch.empty(rows, dtype=torch.float32, device=device)
+        again(
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr()), *(out.data_ptr(), lse.data_ptr())
+        )
+        return out, lse
+
+    return call
+
+
+_calls = Calls()
+forget = _calls.forget
+
+
+def _kind(tensors: tuple[torch.Tensor, ...], *rest: Any) -> tuple[Any, ...]:
+    """All that a call without a mask depends on."""
+    return (
+        *rest,
+        *((x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15) for x in tensors),
+    )
 
 
 def _attention(
@@ -186,7 +312,14 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
+    given, kind = (query, key, value), None
+    if attn_mask is None:
+        kind = _kind(given, dropout_p, is_causal, scale, enable_gqa)
+        call = _calls.find(kind)
+        if call is not None:
+            found: Pair = call(query, key, value)
+            return found
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if (reason := _refusal(query, key, value)) is not None:
         raise OpNotSupported(reason)
@@ -194,8 +327,8 @@ def _attention(
     lead = tuple(query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*batches))
     four = []
     for x in (query, key, value):
-        heads = (*lead[:-1], x.size(-3)) if enable_gqa else lead
-        x = _four(x.expand(*heads, *x.shape[-2:]))
+        held = (*lead[:-1], x.size(-3)) if enable_gqa else lead
+        x = _four(x.expand(*held, *x.shape[-2:]))
         four.append(x if x.stride(-1) == 1 else x.contiguous())
     q, k, v = four
     batch, heads, rows, size = q.shape
@@ -209,12 +342,17 @@ def _attention(
     factor = 1 / math.sqrt(size) if scale is None else float(scale)
     if factor <= 0:  # the largest score is that of the largest product
         q, factor = (q * 0, 1.0) if factor == 0 else (-q, -factor)
-    compute = _chains if q.dtype == torch.float32 else _blocks
-    compute(q, k, v, mask, out, lse, is_causal, factor)
+    if q.dtype == torch.float32:
+        _chains(q, k, v, mask, out, lse, is_causal, factor)
+    else:
+        again = _blocks(q, k, v, mask, out, lse, is_causal, factor)
+        in_place = all(x.data_ptr() == y.data_ptr() for x, y in zip((q, k, v), given, strict=True))
+        if again is not None and kind is not None and in_place and len(lead) == 2:
+            _calls.keep(kind, _repeat(again, out, lse))
     return out.reshape(*lead, rows, v_size), lse.reshape(*lead, rows)
 
 
-_BLOCKWISE = undeclared("chunks of 512 keys, in blocks of 64 rescaled to the maximum so far")
+_BLOCKWISE = undeclared("blocks of 128 keys, merged ascending, rescaled to the maximum so far")
 
 KERNELS = {
     "scaled_dot_product_attention": Kernel(

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from batch_invariant_cuda.launch import Launch, launches, run, views
@@ -100,7 +101,7 @@ def _ready(one: Launch) -> Callable[..., None] | None:
     kernel, grid, arguments, options = one
     compiled = kernel.warmup(**arguments, **options, grid=(grid,))
     runner = compiled.run
-    launch = _launcher(runner)
+    launch = launcher(runner)
     if launch is None:
         return None
     names = [*inspect.signature(kernel.fn).parameters]
@@ -133,7 +134,7 @@ def _call_of(
     described = iter(meta)
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         if name in _SOURCE:
-            encode = _Maps(value, next(described))
+            encode = Maps(value, next(described))
             scope[f"map{index}"] = encode
             scope[f"known{index}"] = encode.known
             key = f"x{_SOURCE[name]}"
@@ -155,10 +156,12 @@ def _call_of(
     return found
 
 
-class _Maps:
+class Maps:
     """Encoded tensor maps of one operand by address; allocators hand out the same ones again."""
 
-    def __init__(self, descriptor: TensorDescriptor, meta: dict[str, Any]) -> None:
+    def __init__(
+        self, descriptor: TensorDescriptor | GluonDescriptor, meta: dict[str, Any]
+    ) -> None:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
         from triton.runtime import driver
 
@@ -189,7 +192,7 @@ def _known_triton() -> bool:
     return str(triton.__version__).startswith("3.6.")
 
 
-def _launcher(runner: Any) -> Callable[..., Any] | None:
+def launcher(runner: Any) -> Callable[..., Any] | None:
     """The compiled launch function inside Triton's launcher, which parses descriptors itself."""
     if not _known_triton() or runner.global_scratch_size or runner.profile_scratch_size:
         return None

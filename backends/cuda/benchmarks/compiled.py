@@ -35,8 +35,8 @@ PARTS: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
     "prefills": ({"dynamic": True}, 256, SEVERAL[1:]),
     "short": ({"dynamic": True}, 17, SEVERAL),
     "decodes": ({"dynamic": True}, 1, SEVERAL),
-    "prefill alone": ({"dynamic": True}, 256, (1,)),
-    "short alone": ({"dynamic": True}, 17, (1,)),
+    "prefill_alone": ({"dynamic": True}, 256, (1,)),
+    "short_alone": ({"dynamic": True}, 17, (1,)),
 }
 PROCESSES = (
     *(("ours", part) for part in PARTS),
@@ -110,12 +110,13 @@ def work(channel: Any, variant: str, part: str, smoke: bool, profile: str) -> No
         channel.send((figures, bits))
 
 
-def measured(smoke: bool, profile: str, patience: float) -> dict[str, Any]:
-    """Runs every process; their figures, and how many logits of row 0 differ from its own alone."""
-    end = time.monotonic() + patience
+def measured(smoke: bool, profile: str, patience: float, only: list[str]) -> dict[str, Any]:
+    """Runs the processes; their figures, and how many logits of row 0 differ from its own alone."""
     context = get_context("spawn")
     running = {}
     for variant, part in PROCESSES:
+        if only and part not in only:
+            continue
         folder = tempfile.mkdtemp()
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             os.environ[name] = os.path.join(folder, name)
@@ -126,6 +127,7 @@ def measured(smoke: bool, profile: str, patience: float) -> dict[str, Any]:
         there.close()
         running[variant, part] = (process, here)
     found: dict[tuple[str, str], Any] = {}
+    end = time.monotonic() + patience
     ready = {}
     for key, (process, channel) in running.items():
         with contextlib.suppress(EOFError):  # it failed, and has said why
@@ -139,6 +141,7 @@ def measured(smoke: bool, profile: str, patience: float) -> dict[str, Any]:
         channel.send("go")
         with contextlib.suppress(EOFError):
             found[key] = channel.recv()
+            print(*key, found[key][0], flush=True)
     bits = {key: values for key, (_, values) in found.items()}
     ours = {at: got for (v, _), values in bits.items() if v == "ours" for at, got in values.items()}
     stock = {**bits.get(("stock", "prefill"), {}), **bits.get(("stock", "prefills"), {})}
@@ -178,13 +181,16 @@ def main() -> None:
         default=3600,
         help="seconds after which what is not compiled is left out (default 3600)",
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=list(PARTS), help="these parts (default: all)"
+    )
     given = parser.parse_args()
     if given.profile:
         Path(given.profile).mkdir(exist_ok=True)
     device = "CPU, tiny" if given.smoke else torch.cuda.get_device_name()
     versions = {"device": device, "torch": torch.__version__, "cores": os.cpu_count()}
     text = json.dumps(
-        {**versions, **measured(given.smoke, given.profile, given.patience)}, indent=1
+        {**versions, **measured(given.smoke, given.profile, given.patience, given.only)}, indent=1
     )
     print(text)
     if given.out:

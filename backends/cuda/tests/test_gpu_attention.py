@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from batch_invariant.cpu import _kernels as cpu_kernels  # noqa: E402
-from batch_invariant_cuda import attention  # noqa: E402
+from batch_invariant_cuda import attention, attention_ring  # noqa: E402
 
 NAME = "scaled_dot_product_attention"
 CPU = cpu_kernels()[NAME].fn
@@ -27,7 +27,12 @@ Pair = tuple[torch.Tensor, ...]
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **how: Any
 ) -> Pair:
-    return GPU(q, k, v, mask, 0.0, how.get("causal", False), enable_gqa=True)
+    """A call that is planned anew, and where it can be repeated without a plan, that too."""
+    attention.forget()
+    found = GPU(q, k, v, mask, 0.0, how.get("causal", False), enable_gqa=True)
+    if mask is None:
+        assert same(found, GPU(q, k, v, None, 0.0, how.get("causal", False), enable_gqa=True))
+    return found
 
 
 def same(a: Pair, b: Pair, rows: slice = slice(None)) -> bool:
@@ -47,8 +52,8 @@ class Draw:
         x = torch.randn(shape, device="cuda", generator=self.generator)
         return x.to(self.dtype)
 
-    def values(self, length: int) -> torch.Tensor:
-        x = self.heads(2, length)
+    def values(self, length: int, count: int = 2) -> torch.Tensor:
+        x = self.heads(count, length)
         x[:, :, ::2] *= 300
         return x
 
@@ -102,8 +107,13 @@ def test_fp32_of_nan_queries_is_nan() -> None:
             assert mismatch(c, g.cpu()) is None
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("tile", [(16, 4, 2), (64, 8, 2), (128, 8, 3)], ids=str)
+def general(patch: pytest.MonkeyPatch) -> None:
+    """No call goes to the kernels for Hopper any more."""
+    patch.setattr(attention, "takes_many", lambda *_: False)
+    patch.setattr(attention, "takes_few", lambda *_: False)
+
+
+@pytest.mark.parametrize("tile", [(16, 4, 2), (64, 8, 1), (128, 8, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["", "bool", "additive", "causal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_tile_gives_the_same_bits(
@@ -111,7 +121,6 @@ def test_every_tile_gives_the_same_bits(
     dtype: torch.dtype,
     kind: str,
     tile: tuple[int, int, int],
-    split: bool,
 ) -> None:
     draw = Draw(dtype, 64)
     q, k, v = draw.heads(8, 75), draw.heads(2, 1500), draw.values(1500)
@@ -122,11 +131,68 @@ def test_every_tile_gives_the_same_bits(
         v[0, 0, 7], v[1, 1, 7] = math.inf, math.nan
         mask = mask if kind == "bool" else added(mask, dtype)
     if kind == "causal":
-        q, k, v = draw.heads(8, 1500), k, v
+        q = draw.heads(8, 1500)
+        v[0, 1, 1400], v[1, 0, 1401] = math.inf, math.nan
     usual = attend(q, k, v, mask, causal=kind == "causal")
+    general(monkeypatch)
     monkeypatch.setattr(attention, "tile", lambda *_: attention.Tile(*tile))
-    monkeypatch.setattr(attention, "splits", lambda *_: split)
-    assert same(usual, attend(q, k, v, mask, causal=kind == "causal"))
+    for run in (1, 3, 99):
+        monkeypatch.setattr(attention, "run_of", lambda *_, run=run: run)
+        assert same(usual, attend(q, k, v, mask, causal=kind == "causal")), run
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+class TestHopper:
+    @pytest.fixture(autouse=True)
+    def _needs_hopper(self) -> None:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("these kernels are for compute capability 9.0")
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("lengths", [(64, 64), (200, 1), (129, 385), (1300, 1300)], ids=str)
+    def test_many_rows_have_the_bits_of_the_general_kernel(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype,
+        size: int,
+        causal: bool,
+        lengths: tuple[int, int],
+    ) -> None:
+        draw = Draw(dtype, size)
+        q, k, v = draw.heads(8, lengths[0]), draw.heads(2, lengths[1]), draw.values(lengths[1])
+        k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
+        assert attention.takes_many(q, k, v)
+        found = attend(q, k, v, causal=causal)
+        general(monkeypatch)
+        assert same(found, attend(q, k, v, causal=causal))
+
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("keys", [1, 127, 128, 129, 5000])
+    def test_few_rows_have_the_bits_of_the_general_kernel(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, rows: int, keys: int
+    ) -> None:
+        draw = Draw(dtype, size)
+        q, k, v = draw.heads(8, rows), draw.heads(2, keys), draw.values(keys)
+        k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
+        assert attention.takes_few(q, k, v)
+        found = attend(q, k, v)
+        for run in (1, 3, 99):
+            monkeypatch.setattr(attention, "run_of", lambda *_, run=run: run)
+            assert same(found, attend(q, k, v))
+        general(monkeypatch)
+        assert same(found, attend(q, k, v))
+
+    def test_programs_take_several_tiles(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int
+    ) -> None:
+        draw = Draw(dtype, size)
+        q, k, v = draw.heads(32, 900), draw.heads(8, 900), draw.values(900, 8)
+        usual = attend(q, k, v, causal=True)
+        for processors in (1, 7, 64):
+            monkeypatch.setattr(attention_ring, "multiprocessors", lambda _, n=processors: n)
+            monkeypatch.setattr(attention_ring, "SECTION", processors << 20)
+            assert same(usual, attend(q, k, v, causal=True))
 
 
 @pytest.mark.parametrize(

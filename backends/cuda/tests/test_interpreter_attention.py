@@ -39,7 +39,7 @@ def draw(*shape):
 
 
 def attend(q, k, v, mask=None, causal=False, split=False):
-    attention.splits = lambda *_: split
+    attention.run_of = lambda tiles, blocks, _: 1 if split else blocks
     kernel = attention.KERNELS["scaled_dot_product_attention"].fn
     return kernel(q, k, v, mask, 0.0, causal, enable_gqa=True)
 
@@ -88,6 +88,15 @@ for pad in (1, 70):
     same(f"{pad} keys behind", plain, attend(q, *behind, padded))
 given = (draw(1, 4, 70, 32), draw(1, 2, 70, 32), draw(1, 2, 70, 32), None, True)
 close("causal attention", *given)
+given[2][0, 1, 50, 3] = math.inf  # in wide tiles by a launch of its own, which a mark asks for
+small = attend(*given)
+attention.tile = lambda *_: attention.Tile(64, 4, 1)
+wide = attend(*given)
+attention.tile = lambda *_: attention.Tile(16, 4, 2)
+if not torch.equal(small[0].isfinite(), wide[0].isfinite()) or wide[0][0, :2].isinf().any():
+    print("infinite values reach other rows")
+if not wide[0][0, 2:, 50:, 3].isinf().all() or wide[0].isinf().sum() != 40:
+    print("infinite values do not reach their rows")
 q[0, 1, 3] = math.nan
 lost = attend(q, k, v, mask)[0].isnan().any(-1)
 if not lost[0, 1, 3] or int(lost.sum()) != 1:

@@ -57,9 +57,13 @@ def _kernels() -> dict[str, Kernel]:
         scan,
         select,
         softmax,
+        varlen_attention,
     )
 
-    families = (matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise)
+    families = (
+        *(matmul, softmax, reduce, scan, norm, attention, varlen_attention),
+        *(embedding, select, elementwise),
+    )
     return {name: kernel for family in families for name, kernel in family.KERNELS.items()}
 
 

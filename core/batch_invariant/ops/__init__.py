@@ -16,13 +16,17 @@ from batch_invariant.ops import (
     scan,
     select,
     softmax,
+    varlen_attention,
 )
 from batch_invariant.ops.contract import Op
 from batch_invariant.ops.register import define
 
 CONTRACTS: dict[str, Op] = {
     op.name: op
-    for family in (matmul, softmax, reduce, scan, norm, attention, embedding, select, elementwise)
+    for family in (
+        *(matmul, softmax, reduce, scan, norm, attention, varlen_attention),
+        *(embedding, select, elementwise),
+    )
     for op in family.OPS
 }
 """Every contract by operator name."""

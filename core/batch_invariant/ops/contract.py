@@ -78,12 +78,14 @@ class Case:
     args: from a `Draw` and the number of rows, the arguments by name; tensors named in the
         contract's `batch_axes` have that many rows.
     batch_axes, out_axes: where they differ from the contract's.
+    differentiable: whether it has gradients; if not, backward must refuse.
     """
 
     label: str
     args: Callable[[Draw, int], dict[str, Any]]
     batch_axes: Mapping[str, int] | None = None
     out_axes: tuple[int, ...] | None = None
+    differentiable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

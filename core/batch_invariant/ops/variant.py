@@ -7,7 +7,7 @@ of the sequence without its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Variant:
     transform, label: which kind, and which of its kind.
     rows, at: indices of the same rows in the result of the first call, and in that of this one.
     axes: the axis of each output along which they lie, if not the contract's.
-    leading: how many leading dimensions of the outputs count as one.
+    arranged: this call's outputs in the layout of the first call's, if it is another.
     """
 
     transform: str
@@ -33,7 +33,7 @@ class Variant:
     rows: Sequence[int]
     at: Sequence[int]
     axes: tuple[int, ...] | None = None
-    leading: int = 1
+    arranged: Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]] | None = None
 
 
 def take(args: Args, axes: Axes, rows: Sequence[int]) -> dict[str, Any]:
@@ -71,10 +71,15 @@ def tokens(args: Args, axes: Axes) -> Iterator[Variant]:
             for name, value in args.items()
         }
         label = f"as 4 sequences of {count // 4}"
-        yield Variant("T6 packing", label, packed, range(count), range(count), leading=2)
+        everything = range(count)
+        yield Variant("T6 packing", label, packed, everything, everything, arranged=_flattened)
     first = range(count // 3)
     label = f"the first {len(first)} of {count} tokens"
     yield Variant("T7 prefix", label, take(args, axes, first), first, first)
+
+
+def _flattened(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(output.flatten(0, 1) for output in outputs)
 
 
 def rows_only(args: Args, axes: Axes) -> Iterator[Variant]:

@@ -33,6 +33,9 @@ def gradients(subject: Subject, log: Log) -> None:
     op, backend = subject.op, subject.backend
     for case in subject.cases():
         args = draw(op, case, subject.dtype, Data.NORMAL)
+        if not case.differentiable:
+            log.compare(_refused(subject, args), f"backward at {shapes(args)}", case)
+            continue
         out_axes = case.out_axes or op.out_axes
         axes = {**(case.batch_axes or op.batch_axes)}
         # The gradients of the outputs are rows too: they move with theirs.
@@ -65,6 +68,20 @@ def gradients(subject: Subject, log: Log) -> None:
             bound = unit * float(want.abs().max())
             found = None if error <= bound else f"off by {error:.3g}, and {bound:.3g} is allowed"
             log.compare(found, f"gradient of {name} at {shapes(args)}", case, Data.NORMAL)
+
+
+def _refused(subject: Subject, args: Mapping[str, Any]) -> str | None:
+    """None if backward raises with a message."""
+    native = subject.native(args)
+    for name, value in native.items():
+        if _floating(value):
+            native[name] = value.detach().requires_grad_()
+    outputs = subject.op.call(subject.op.overload, native)
+    try:
+        outputs[0].sum().backward()
+    except RuntimeError as error:
+        return None if str(error).strip() else "raised without a word for the user"
+    return "went through, and the case is declared to have no gradient"
 
 
 def _differentiable(subject: Subject, args: Mapping[str, Any]) -> list[torch.Tensor | None]:

@@ -30,10 +30,11 @@ def compare(
     base: Outputs, changed: Outputs, out_axes: Sequence[int], variant: Variant
 ) -> str | None:
     """None if the rows that both calls computed have the same bits, else what differs."""
+    if variant.arranged is not None:
+        changed = variant.arranged(changed)
     for which, axis in enumerate(variant.axes or out_axes):
-        after = changed[which].flatten(0, variant.leading - 1)
         before = base[which].index_select(axis, torch.tensor(variant.rows))
-        after = after.index_select(axis, torch.tensor(variant.at))
+        after = changed[which].index_select(axis, torch.tensor(variant.at))
         if before.shape != after.shape or before.dtype != after.dtype:
             return (
                 f"output {which} is {before.dtype}{list(before.shape)} and "

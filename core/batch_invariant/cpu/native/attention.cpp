@@ -2,19 +2,18 @@
 //
 // Of every query row, in fp32 (operands widened exactly):
 //   score[j] = chain * scale, chain = the serial FMA chain over the head dimension from +0
-//   (gemm.h); an additive
-//     mask is added, rounded again; the score is -inf where the mask is false or -inf or causality
-//     forbids j;
-//   top = the largest score, exactly; p[j] = exp(score[j] - top) (math.h);
-//   total = the serial sum of p over ascending j from +0; acc[d] = the serial FMA chain of p[j]
-//   V[j, d] over
-//     ascending j from +0;
+//     (gemm.h); with a soft cap it becomes tanh(score / cap) * cap, every step rounded (math.h); an
+//     additive mask is added, rounded again; the score is -inf where the mask is false or -inf or
+//     where causality, the window or the length of the sequence forbids j;
+//   top = the largest score, exactly, a sink being one more; p[j] = exp(score[j] - top) (math.h);
+//   total = the serial sum of p over ascending j from +0, then exp(sink - top); acc[d] = the serial
+//     FMA chain of p[j] V[j, d] over ascending j from +0;
 //   out[d] = acc[d] / total + 0, rounded once; lse = log(total) + top.
 // A key whose score is -inf takes no part, whatever K and V hold there. A row without any other key
-// gives zeros and an lse of -inf. Every NaN is written as the one quiet NaN.
+// and without a sink gives zeros and an lse of -inf. Every NaN is written as the one quiet NaN.
 //
 // So a row's bits depend on its own query and on the keys that take part in their order: not on the
-// batch, the head, the number of queries, padding on either side, strides or threads.
+// batch, the head, the number of queries, padding on either side, pages, strides or threads.
 #include "gemm.h"
 #include "math.h"
 #include "parallel.h"
@@ -46,6 +45,25 @@ struct AttentionArgs {
   double scale;
 };
 
+// One sequence of a batch whose lengths differ. Its queries are rows q_row .. q_row + queries of Q
+// and out; its keys first .. end count from row k_row of K and V, or from its first page.
+struct Sequence {
+  i64 q_row, queries;
+  i64 position;  // of the first query among the keys
+  i64 k_row, first, end;
+};
+
+// A batch of sequences: `base.queries` and `base.keys` are the most that one of them has.
+struct SequencesArgs {
+  AttentionArgs base;
+  const Sequence* sequences;  // [batch]
+  const i32* pages;           // [batch, ...], which page holds the keys; null: they lie in rows
+  i64 pages_row, page_size;   // the strides k_batch and v_batch are those of a page
+  i64 window;                 // keys in (position - window, position]; 0 for no window
+  const float* sinks;         // [q_heads], null for none
+  double soft_cap;            // 0 for none
+};
+
 enum MaskKind : i64 { NO_MASK = 0, BOOL_MASK = 1, ADDITIVE_MASK = 2 };
 
 constexpr float INF = __builtin_inff();
@@ -56,6 +74,7 @@ constexpr u32 ABSENT_BITS = 0x80000000u;
 
 constexpr i64 WEIGHT_BYTES = 384 << 10;  // of the weights of a task: they stay in the L2 cache
 constexpr i64 MIN_ROWS = 12, MAX_ROWS = 48;
+constexpr i64 FIRST_KEY = 32;  // a task's first key is a multiple of this
 constexpr i64 MIN_TASK_WORK = 1 << 18;  // multiply-adds that are worth handing to another thread
 
 constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -80,14 +99,17 @@ BI_INLINE f32x16 load_strided(const T* p, i64 stride, i64 n) {
 
 struct Attention {
   const AttentionArgs& g;
+  const SequencesArgs* more;  // null: all sequences are whole, and none of its options is used
   const GemmKernel& kernel;
   i64 group;                    // query heads of one key head
   i64 task_heads, head_chunks;  // query heads of a task, and how many tasks make up a group
   i64 task_queries, query_chunks;
 
-  // The rows of a task: `heads` query heads times `queries` queries, head by head.
+  // The rows of a task: `heads` query heads times `queries` queries, head by head; `keys` keys from
+  // `begin` are all that any of them sees.
   struct Rows {
-    i64 batch, kv_head, head0, heads, query0, queries, keys;
+    Sequence sequence;
+    i64 batch, kv_head, head0, heads, query0, queries, begin, keys;
     i64 count() const { return heads * queries; }
     i64 head(i64 row) const { return head0 + row / queries; }
     i64 query(i64 row) const { return query0 + row % queries; }
@@ -102,26 +124,65 @@ struct Attention {
     r.kv_head = kv % g.kv_heads;
     r.head0 = r.kv_head * group + head_chunk * task_heads;
     r.heads = min(task_heads, (r.kv_head + 1) * group - r.head0);
+    r.sequence = more != nullptr ? more->sequences[r.batch]
+                                 : Sequence{0, g.queries, 0, 0, 0, g.keys};
     r.query0 = chunk * task_queries;
-    r.queries = min(task_queries, g.queries - r.query0);
-    r.keys = g.causal ? min(g.keys, r.query0 + r.queries) : g.keys;
+    r.queries = max(min(task_queries, r.sequence.queries - r.query0), 0);
+    i64 end = last(r, r.query0 + r.queries - 1) + 1;
+    r.begin = first(r, r.query0) / FIRST_KEY * FIRST_KEY;
+    r.keys = max(end - r.begin, 0);
     return r;
   }
 
-  // What a row needs to know about its keys: the last one it may see, and where its mask begins.
+  // The first and the last key that a query of the task's sequence may see.
+  i64 first(const Rows& r, i64 query) const {
+    i64 key = r.sequence.first;
+    if (more == nullptr || more->window == 0) return key;
+    return max(key, r.sequence.position + query - more->window + 1);
+  }
+  i64 last(const Rows& r, i64 query) const {
+    i64 key = r.sequence.end - 1;
+    return g.causal ? min(key, r.sequence.position + query) : key;
+  }
+
+  // Where row `key` of the keys or values of a task lies.
+  const char* row_of(const char* base, i64 batch, i64 head, i64 row, const Rows& r, i64 key) const {
+    i64 at = r.kv_head * head;
+    if (more != nullptr && more->pages != nullptr) {
+      i64 page = more->pages[r.batch * more->pages_row + key / more->page_size];
+      at += page * batch + key % more->page_size * row;
+    } else {
+      at += r.batch * batch + (r.sequence.k_row + key) * row;
+    }
+    return base + at * kernel.element_bytes;
+  }
+  const char* key_row(const Rows& r, i64 key) const {
+    return row_of(g.k, g.k_batch, g.k_head, g.k_row, r, key);
+  }
+  const char* value_row(const Rows& r, i64 key) const {
+    return row_of(g.v, g.v_batch, g.v_head, g.v_row, r, key);
+  }
+  // How many of `keys` keys from `key` on lie one row stride apart.
+  i64 together(i64 key, i64 keys) const {
+    if (more == nullptr || more->pages == nullptr) return keys;
+    return min(keys, more->page_size - key % more->page_size);
+  }
+
+  // What a row needs to know about its keys: the first and last one it may see, and where its mask
+  // begins.
   struct Sight {
-    i64 last;
+    i64 first, last;
     const char* mask;
   };
   Sight sight(const Rows& r, i64 row) const {
     i64 at = r.batch * g.mask_batch + r.head(row) * g.mask_head + r.query(row) * g.mask_row;
     i64 bytes = g.mask_kind == BOOL_MASK ? 1 : bytes_of(g.mask_dtype);
-    return {g.causal ? min(r.query(row), r.keys - 1) : r.keys - 1, g.mask + at * bytes};
+    return {first(r, r.query(row)), last(r, r.query(row)), g.mask + at * bytes};
   }
 
   // The 16 scores of a row that begin at key `col`, -inf where a key takes no part.
-  f32x16 masked(f32x16 score, const Sight& sight, i64 keys, i64 col) const {
-    i64 n = max(min(keys - col, 16), 0);
+  f32x16 masked(f32x16 score, const Sight& sight, i64 end, i64 col) const {
+    i64 n = max(min(end - col, 16), 0);
     if (g.mask_kind == BOOL_MASK) {
       score =
           load_bools(reinterpret_cast<const u8*>(sight.mask) + col * g.mask_col, g.mask_col, n) != 0
@@ -142,31 +203,45 @@ struct Attention {
       }
       score = added == -INF ? splat(-INF) : score + added;
     }
-    i64 left = sight.last - col;
+    i64 left = sight.last - col, before = sight.first - col;
+    if (before > 0) score = LANE < static_cast<i32>(min(before, 16)) ? splat(-INF) : score;
     return left >= 15 ? score : LANE > static_cast<i32>(max(left, -1)) ? splat(-INF) : score;
   }
 
   i64 head_blocks() const { return ceil_div(g.size, KC); }
 
   // Scores as [key blocks][rows][LDA], and the largest of each row as 16 lanes.
-  void scores(const Rows& r, const Sight* sights, const float* q, float* panel, float* c,
-              float* out, f32x16* top) const {
+  // `gathered`: room for the keys of a panel that lie in several pages.
+  void scores(const Rows& r, const Sight* sights, const float* q, char* gathered, float* panel,
+              float* c, float* out, f32x16* top) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
-    const char* k = g.k + (r.batch * g.k_batch + r.kv_head * g.k_head) * kernel.element_bytes;
     f32x16 scale = splat(static_cast<float>(g.scale));
+    f32x16 cap = splat(more != nullptr ? static_cast<float>(more->soft_cap) : 0.0f);
+    bool capped = cap[0] > 0;
     for (i64 i = 0; i < rows; i++) top[i] = splat(-INF);
     for (i64 key = 0; key < r.keys; key += nr) {
-      i64 cols = min(r.keys - key, nr);
+      i64 cols = min(r.keys - key, nr), row = g.k_row;
+      const char* k = key_row(r, r.begin + key);
+      if (together(r.begin + key, cols) < cols) {
+        i64 bytes = g.size * kernel.element_bytes;
+        for (i64 l = 0; l < cols; l++) {
+          __builtin_memcpy(gathered + l * bytes, key_row(r, r.begin + key + l),
+                           static_cast<size_t>(bytes));
+        }
+        k = gathered;
+        row = g.size;
+      }
       for (i64 d = 0; d < head_blocks(); d++) {
         i64 units = min(g.size - d * KC, KC);
-        const char* from = k + (key * g.k_row + d * KC) * kernel.element_bytes;
-        multiply_nk(kernel, q + d * rows * LDA, from, g.k_row, cols, units, units, rows, panel, c,
-                    d == 0);
+        multiply_nk(kernel, q + d * rows * LDA, k + d * KC * kernel.element_bytes, row, cols, units,
+                    units, rows, panel, c, d == 0);
       }
       float* block = out + key / KC * rows * LDA + key % KC;
       for (i64 i = 0; i < rows; i++) {
         for (i64 l = 0; l < nr; l += 16) {
-          f32x16 s = masked(load<f32x16>(c + i * nr + l) * scale, sights[i], r.keys, key + l);
+          f32x16 s = load<f32x16>(c + i * nr + l) * scale;
+          if (capped) s = tanh(s / cap) * cap;
+          s = masked(s, sights[i], r.begin + r.keys, r.begin + key + l);
           i32x16 keep = (s <= top[i]) | (top[i] != top[i]);  // a NaN gets in and never out
           top[i] = keep ? top[i] : s;
           store(block + i * LDA + l, s);
@@ -179,6 +254,13 @@ struct Attention {
     float top = lanes[0];
     for (int l = 1; l < 16; l++) top = lanes[l] <= top || top != top ? top : lanes[l];
     return top;
+  }
+
+  // The largest score of a row, its sink included.
+  float with_sink(const Rows& r, i64 row, float top) const {
+    if (more == nullptr || more->sinks == nullptr) return top;
+    float sink = more->sinks[r.head(row)];
+    return sink <= top || top != top ? top : sink;
   }
 
   // Scores become weights, in place; `top[i]` the largest score of row i.
@@ -197,8 +279,8 @@ struct Attention {
     }
   }
 
-  // The serial sums of the weights, 16 rows side by side.
-  void totals(const Rows& r, const float* p, float* total) const {
+  // The serial sums of the weights, 16 rows side by side; behind them the sinks.
+  void totals(const Rows& r, const float* p, const float* top, float* total) const {
     i64 rows = r.count();
     for (i64 i = 0; i < rows; i += 16) {
       f32x16 sum = {};
@@ -214,17 +296,20 @@ struct Attention {
       }
       store(total + i, sum);
     }
+    if (more == nullptr || more->sinks == nullptr) return;
+    for (i64 i = 0; i < rows; i++) {
+      if (top[i] != -INF) total[i] += exp(more->sinks[r.head(i)] - top[i]);
+    }
   }
 
   // acc[panels][rows][lanes] = weights times values.
   void values(const Rows& r, const float* p, float* panel, float* acc) const {
     i64 nr = kernel.panel_lanes, rows = r.count(), c_panel = rows * nr;
-    const char* v = g.v + (r.batch * g.v_batch + r.kv_head * g.v_head) * kernel.element_bytes;
     i64 swept = rows <= kernel.sweep_rows ? g.v_size / nr : 0;
-    for (i64 key = 0; key < r.keys; key += KC) {
-      i64 units = min(r.keys - key, KC);
-      const float* a = p + key / KC * rows * LDA;
-      const char* from = v + key * g.v_row * kernel.element_bytes;
+    for (i64 key = 0, units; key < r.keys; key += units) {
+      units = together(r.begin + key, min(r.keys - key, KC - key % KC));
+      const float* a = p + key / KC * rows * LDA + key % KC;
+      const char* from = value_row(r, r.begin + key);
       if (swept > 0) kernel.sweep(a, from, g.v_row, swept, units, rows, acc, c_panel, key == 0);
       for (i64 j = swept; j * nr < g.v_size; j++) {
         kernel.pack_panel[0](from + j * nr * kernel.element_bytes, g.v_row,
@@ -238,14 +323,14 @@ struct Attention {
   template <class T>
   void row_without_absent(const Rows& r, i64 row, const float* p, float* acc) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
-    const T* v = reinterpret_cast<const T*>(g.v) + r.batch * g.v_batch + r.kv_head * g.v_head;
     for (i64 d = 0; d < g.v_size; d += 16) {
       i64 n = min(g.v_size - d, 16);
       f32x16 sum = {};
       for (i64 key = 0; key < r.keys; key++) {
         float weight = p[(key / KC * rows + row) * LDA + key % KC];
         if (bit_cast<u32>(weight) == ABSENT_BITS) continue;
-        sum = fma(splat(weight), load_f32(v + key * g.v_row + d, n), sum);
+        const T* v = reinterpret_cast<const T*>(value_row(r, r.begin + key));
+        sum = fma(splat(weight), load_f32(v + d, n), sum);
       }
       store(acc + (d / nr * rows + row) * nr + d % nr, sum);
     }
@@ -256,7 +341,7 @@ struct Attention {
   bool write_row(const Rows& r, i64 row, bool none, float total, const float* acc) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
     T* out = reinterpret_cast<T*>(g.out) + r.batch * g.out_batch + r.head(row) * g.out_head +
-             r.query(row) * g.out_row;
+             (r.sequence.q_row + r.query(row)) * g.out_row;
     f32x16 zeros = {};
     for (i64 d = 0; d < g.v_size; d += 16) {
       i64 n = min(g.v_size - d, 16);
@@ -274,13 +359,14 @@ struct Attention {
     for (i64 i = 0; i < r.count(); i++) {
       bool none = top[i] == -INF;
       bool finite = write_row<T>(r, i, none, total[i], acc);
-      if (!finite && !none && (g.causal || g.mask_kind != NO_MASK)) {
+      if (!finite && !none && (g.causal || g.mask_kind != NO_MASK || more != nullptr)) {
         row_without_absent<T>(r, i, p, acc);
         write_row<T>(r, i, none, total[i], acc);
       }
       if (g.lse != nullptr) {
         float lse = none ? -INF : log(total[i]) + top[i];
-        g.lse[r.batch * g.lse_batch + r.head(i) * g.lse_head + r.query(i) * g.lse_row] =
+        g.lse[r.batch * g.lse_batch + r.head(i) * g.lse_head +
+              (r.sequence.q_row + r.query(i)) * g.lse_row] =
             lse == lse ? lse : __builtin_nanf("");
       }
     }
@@ -288,6 +374,7 @@ struct Attention {
 
   Status run(i64 task) const {
     Rows r = rows_of(task);
+    if (r.queries == 0) return OK;
     i64 nr = kernel.panel_lanes, rows = r.count(), panels = ceil_div(g.v_size, nr);
     i64 key_blocks = max(ceil_div(r.keys, KC), 1);
     i64 lanes = round_up(rows, 16);
@@ -299,7 +386,8 @@ struct Attention {
                    rows * 16,
                    lanes,
                    lanes,
-                   rows * static_cast<i64>(sizeof(Sight) / sizeof(float))};
+                   rows * static_cast<i64>(sizeof(Sight) / sizeof(float)),
+                   more != nullptr && more->pages != nullptr ? nr * g.size : 0};
     i64 floats = 0;
     for (i64& size : sizes) {
       i64 at = floats;
@@ -314,6 +402,7 @@ struct Attention {
     float *acc = base + sizes[4], *top = base + sizes[6], *total = base + sizes[7];
     f32x16* top_lanes = reinterpret_cast<f32x16*>(base + sizes[5]);
     Sight* sights = reinterpret_cast<Sight*>(base + sizes[8]);
+    char* gathered = reinterpret_cast<char*>(base + sizes[9]);
     for (i64 i = 0; i < rows; i++) sights[i] = sight(r, i);
 
     if (r.keys == 0)
@@ -322,17 +411,18 @@ struct Attention {
       i64 units = min(g.size - d * KC, KC);
       for (i64 h = 0; h < r.heads; h++) {
         const char* from =
-            g.q + (r.batch * g.q_batch + (r.head0 + h) * g.q_head + r.query0 * g.q_row + d * KC) *
+            g.q + (r.batch * g.q_batch + (r.head0 + h) * g.q_head +
+                   (r.sequence.q_row + r.query0) * g.q_row + d * KC) *
                       kernel.element_bytes;
         kernel.pack_rows(from, g.q_row, r.queries, units, units,
                          q + (d * rows + h * r.queries) * LDA);
       }
     }
     if (g.size == 0) __builtin_memset(c, 0, static_cast<size_t>(rows * nr) * sizeof(float));
-    scores(r, sights, q, panel, c, p, top_lanes);
-    for (i64 i = 0; i < rows; i++) top[i] = largest(top_lanes[i]);
+    scores(r, sights, q, gathered, panel, c, p, top_lanes);
+    for (i64 i = 0; i < rows; i++) top[i] = with_sink(r, i, largest(top_lanes[i]));
     weights(r, p, top);
-    totals(r, p, total);
+    totals(r, p, top, total);
     values(r, p, panel, acc);
     switch (g.dtype) {
       case F32:
@@ -348,12 +438,7 @@ struct Attention {
   }
 };
 
-}  // namespace
-}  // namespace bi
-
-BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) {
-  using namespace bi;
-  const AttentionArgs& g = *args;
+Status attend(const AttentionArgs& g, const SequencesArgs* more) {
   if (g.dtype != F32 && g.dtype != BF16 && g.dtype != F16) return BAD_DTYPE;
   if (g.mask_kind == ADDITIVE_MASK && g.mask_dtype != F32 && g.mask_dtype != BF16 &&
       g.mask_dtype != F16) {
@@ -368,7 +453,8 @@ BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) {
   if (g.batch == 0 || g.q_heads == 0 || g.queries == 0) return OK;
   if (g.kv_heads == 0 || g.q_heads % g.kv_heads != 0) return BAD_ARGUMENT;
 
-  Attention a{g, *fma_kernel(static_cast<DType>(g.dtype)), g.q_heads / g.kv_heads, 1, 1, 1, 1};
+  Attention a{g, more, *fma_kernel(static_cast<DType>(g.dtype)), g.q_heads / g.kv_heads, 1, 1, 1,
+              1};
   i64 row_bytes = max(ceil_div(g.keys, KC), 1) * LDA * static_cast<i64>(sizeof(float));
   i64 rows = max(MIN_ROWS, min(MAX_ROWS, WEIGHT_BYTES / row_bytes));
   a.query_chunks = ceil_div(g.queries, rows);
@@ -392,4 +478,18 @@ BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) {
         }
         return OK;
       });
+}
+
+}  // namespace
+}  // namespace bi
+
+BI_EXPORT bi::i32 bi_attention(const bi::AttentionArgs* args) { return bi::attend(*args, nullptr); }
+
+BI_EXPORT bi::i32 bi_attention_of_sequences(const bi::SequencesArgs* args) {
+  using namespace bi;
+  if (args->base.mask_kind != NO_MASK || args->window < 0 || !(args->soft_cap >= 0) ||
+      (args->pages != nullptr && args->page_size < 1)) {
+    return BAD_ARGUMENT;
+  }
+  return attend(args->base, args);
 }

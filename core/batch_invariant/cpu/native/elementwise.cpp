@@ -32,6 +32,9 @@ BI_EXPORT i32 bi_map(i32 op, i64 n, const float* x, float* out, i32 threads) {
     case MAP_LOG:
       return map(threads, n, x, out,
                  [](f32x16 v) __attribute__((always_inline)) { return log(v); });
+    case MAP_TANH:
+      return map(threads, n, x, out,
+                 [](f32x16 v) __attribute__((always_inline)) { return tanh(v); });
   }
   return BAD_ARGUMENT;
 }

@@ -34,6 +34,7 @@ enum SoftmaxOp : i32 {
 enum MapOp : i32 {
   MAP_EXP = 0,
   MAP_LOG = 1,
+  MAP_TANH = 2,
 };
 
 enum SelectOp : i32 {

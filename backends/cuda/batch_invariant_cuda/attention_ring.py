@@ -1,0 +1,202 @@
+"""When attention goes to the kernels for Hopper, and how they are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+from batch_invariant_cuda.attention_hopper import KEYS, ROWS, attention_ring
+from batch_invariant_cuda.attention_step import attention_step
+from batch_invariant_cuda.launch import DTYPES
+from batch_invariant_cuda.plan import Maps, launcher
+from batch_invariant_cuda.row_launch import multiprocessors
+
+_STAGES = 2
+SECTION = 64 << 20  # bytes of keys and values that stay in the cache while they are used
+_SIZES = (64, 128)
+_MANY = 64  # rows; fewer leave most of a tile empty
+
+
+@cache
+def _hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether sizes and addresses suit bulk copies."""
+    size = q.size(3)
+    if not q.is_cuda or size != v.size(3) or size not in _SIZES or 0 in (*q.shape, *k.shape):
+        return False
+    return _hopper(q.device.index) and all(
+        x.data_ptr() % 16 == 0
+        and all(
+            n == 1 or (0 < step < 2**31 and step % 8 == 0)
+            for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)
+        )
+        for x in (q, k, v)
+    )
+
+
+def takes_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `many_rows` takes a call without a mask."""
+    return q.size(2) >= _MANY and _fits(q, k, v)
+
+
+def takes_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `few_rows` takes a call in which every row attends to all keys."""
+    shared = q.size(2) * q.size(1) // max(k.size(1), 1)
+    return shared <= 16 and _fits(q, k, v)
+
+
+def _described(x: torch.Tensor, rows: int) -> GluonDescriptor:
+    """A tensor of rank 4 that is copied in boxes of so many rows of one head."""
+    box = [1, 1, rows, x.size(3)]
+    layout = NVMMASharedLayout.get_default_for(box, DTYPES[x.dtype])
+    strides = [step if n > 1 else 8 for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return GluonDescriptor(x, [*x.shape], [*strides, 1], box, layout)
+
+
+Start = Callable[..., None]
+
+
+class _Kernel:
+    """A Gluon kernel whose parameters are descriptors, tensors, numbers, constexprs."""
+
+    def __init__(self, fn: Any) -> None:
+        self._fn = fn
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        programs: int,
+        described: tuple[GluonDescriptor, ...],
+        tensors: tuple[torch.Tensor | None, ...],
+        numbers: tuple[int | float, ...],
+        static: tuple[Any, ...],
+    ) -> Start | None:
+        """Launches; and how to do so again, called with the addresses of described and tensors.
+
+        None where Triton's launcher is not built as this code knows it: then its public, slower
+        door is used.
+        """
+        device = described[0].base.get_device()
+        with torch.cuda.device(device):
+            key = (device, described[0].base.dtype, static)
+            kernel = self._compiled.get(key)
+            if kernel is None:
+                kernel = self._fn.warmup(
+                    *described, *tensors, *numbers, *static,
+                    num_warps=4, enable_fp_fusion=False, grid=(programs,),
+                )  # fmt: skip
+                self._compiled[key] = kernel
+            runner = kernel.run
+            launch = launcher(runner)
+            if launch is None:
+                given = (*described, *tensors, *numbers, *static)
+                self._fn[(programs,)](*given, num_warps=4, enable_fp_fusion=False)
+                return None
+        head = (
+            *(kernel.function, runner.launch_cooperative_grid, runner.launch_pdl, None, None),
+            *(kernel.packed_metadata, None, None, None),
+        )
+        metas = getattr(kernel.metadata, "tensordesc_meta", None) or ()
+        copies = [
+            (Maps(x, meta), (*x.shape, *x.strides))
+            for x, meta in zip(described, metas, strict=True)
+        ]
+        tail = (*numbers, *static)
+        current, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+        def start(*addresses: Any) -> None:
+            if current() != device:
+                with torch.cuda.device(device):
+                    start(*addresses)
+                return
+            flat: list[Any] = []
+            for (maps, numbers), address in zip(copies, addresses, strict=False):
+                flat.append(maps.known.get(address) or maps(address))
+                flat += numbers
+            rest = addresses[len(copies) :]
+            launch(programs, 1, 1, stream(device), *head, *flat, *rest, *tail)
+
+        start(
+            *(x.base.data_ptr() for x in described),
+            *(None if x is None else x.data_ptr() for x in tensors),
+        )
+        return start
+
+
+@cache
+def _kernels() -> tuple[_Kernel, _Kernel]:
+    """For many rows, for few: compiled code is looked up once in a process."""
+    return _Kernel(attention_ring), _Kernel(attention_step)
+
+
+def marks(q: torch.Tensor) -> int:
+    """How many marks `many_rows` makes: one for each group of warps that computes."""
+    units = q.size(0) * q.size(1) * -(-q.size(2) // ROWS)
+    return 2 * min(units, multiprocessors(q.device.index))
+
+
+def many_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    odd: torch.Tensor | None,
+    factor: float,
+) -> Start | None:
+    """Computes `out` and `lse`; causal with `odd`, of `marks`, set where a result is not finite.
+
+    And how to do it again, called with the addresses of q, k, v, out, lse and odd.
+    """
+    batch, heads, rows, size = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = heads // kv_heads
+    blocks = -(-rows // ROWS)
+    units = batch * heads * blocks
+    section = max(1, SECTION // (4 * keys * size)) * group
+    return _kernels()[0](
+        marks(q) // 2,
+        (
+            _described(q, ROWS // 2), _described(k, KEYS), _described(v, KEYS),
+            _described(out, ROWS // 2),
+        ),
+        (lse, odd),
+        (batch * heads, heads, group, rows, keys, 0, blocks, section, units, factor),
+        (size, _STAGES, odd is not None),
+    )  # fmt: skip
+
+
+def few_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    parts: torch.Tensor | None,
+    run: int,
+    factor: float,
+) -> Start | None:
+    """Computes `out` and `lse`, or `parts` by runs of so many blocks of keys.
+
+    And how to do it again, called with the addresses of k, v, q, out, lse and parts.
+    """
+    batch, heads, rows, size = q.shape
+    kv_heads, keys = k.shape[1:3]
+    blocks = -(-keys // KEYS)
+    runs = -(-blocks // run)
+    steps = (step // 8 if n > 1 else 0 for n, step in zip(q.shape, q.stride()[:3], strict=False))
+    return _kernels()[1](
+        batch * kv_heads * runs,
+        (_described(k, KEYS), _described(v, KEYS)),
+        (q, out, lse, parts),
+        (heads, heads // kv_heads, rows, keys, blocks, run, runs, *steps, factor),
+        (size, parts is not None),
+    )
