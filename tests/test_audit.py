@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +168,41 @@ def test_the_command(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "--strict", str(script)]) == 1
     assert "UncoveredOpError" in capsys.readouterr().err
     assert main(["audit", str(script) + ".missing"]) == 2
+
+
+def test_a_triton_kernel_of_the_program(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    text = """
+    import torch, triton
+    import triton.language as tl
+
+    @triton.jit
+    def add_up(x, out, N: tl.constexpr):
+        tl.store(out, tl.sum(tl.load(x + tl.arange(0, N)), 0))
+
+    out = torch.empty(1)
+    add_up[(1,)](torch.ones(8), out, 8)  # the launch
+    print("it is", int(out))
+    """
+    path.write_text(textwrap.dedent(text))
+
+    def audit(*options: str) -> tuple[int, str]:
+        command = "import sys; from batch_invariant.cli import main; sys.exit(main(sys.argv[1:]))"
+        done = subprocess.run(
+            [sys.executable, "-c", command, "audit", "--enable", "--strict", *options, str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TRITON_INTERPRET": "1"},  # no GPU is here: wiring alone
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, out = audit()
+    assert code == 1
+    assert "add_up" in out
+    assert f"{path}:10  add_up[(1,)](torch.ones(8), out, 8)  # the launch" in out
+    assert "it is 8" not in out
+    code, out = audit("--trust", "add_up")
+    assert code == 0, out
+    assert "it is 8" in out
+    assert "trusted by who asked" in out

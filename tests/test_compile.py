@@ -13,9 +13,11 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import compile_fx as module
+from torch._inductor.compile_fx import make_boxed_func
 
 import batch_invariant as bi
-from batch_invariant.inductor import compile_fx
+from batch_invariant.inductor import compile_fx, rules
 from batch_invariant.ops.bits import bits, mismatch
 from compiler import needs_compiler
 
@@ -226,6 +228,74 @@ def test_each_setting_has_its_own_graphs(install: Any) -> None:
     assert len(compiled) == 4
 
 
+@needs_compiler
+def test_a_pair_that_a_backend_has_a_kernel_for(install: Any) -> None:
+    install(
+        """
+        import torch
+        from batch_invariant.cpu import CpuBackend
+
+        class Plugin(CpuBackend):
+            name = "othercpu"
+
+            def fused_kernels(self):
+                def mean_square(x, dim, keepdim):
+                    return torch.ops.batch_invariant.mean(x.float() * x.float(), dim, keepdim)
+
+                return {"mean_square": mean_square}
+        """,
+        name="othercpu",
+    )
+
+    def f(x: Tensor) -> Tensor:
+        wide, narrow = x.float(), x.to(torch.bfloat16)
+        square = narrow * narrow  # of bf16, and so rounded: it stays
+        return (wide * wide).mean(-1, keepdim=True) + square.mean(-1, keepdim=True) + wide
+
+    x = cancelling(5, 1031, torch.bfloat16)
+    compiled = torch.compile(f)
+    with torch.no_grad(), bi.enabled():
+        before = bi.audit(compiled, x)
+        with bi.use_backend("othercpu"):
+            after = bi.audit(compiled, x)
+    name = "batch_invariant_fused::mean_square"
+    assert [ran.op for ran in after.of("covered")].count(name) == 1
+    assert name not in str(before)
+    assert after.ok
+    assert mismatch(after.result, before.result) is None
+
+
+def test_eager_bits_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU has them anyway: here it is taken for a device whose functions any code computes alike.
+    monkeypatch.setattr(rules.Device, "elementwise", True)
+    targets: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(graph: Any, inputs: Any, **kwargs: Any) -> Any:
+            targets.extend(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        return module.compile_fx(graph, inputs, inner_compile=run)
+
+    def f(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return x / 3, x / y, x / 0.1 + x, x.remainder(3), x // 2, x.exp() * y
+
+    compiled = torch.compile(f, backend=backend)
+    x, y = torch.randn(5, 70).to(torch.bfloat16), torch.rand(70)
+    with torch.no_grad(), bi.enabled():
+        compiled(x, y)
+        assert "aten.div.Tensor" in targets
+        targets.clear()
+        with bi.enabled(eager_bits=True):
+            got = compiled(x, y)
+            assert [mismatch(a, b) for a, b in zip(got, f(x, y), strict=True)] == [None] * 6
+        assert {"batch_invariant_aten.div.Scalar", "batch_invariant_aten.div.Tensor"} < {*targets}
+        assert not {"aten.div.Tensor", "aten.exp.default"} & {*targets}
+        targets.clear()
+        compiled(x, y)
+        assert not targets  # the graph of before
+
+
 def test_only_graphs_of_this_setting_run_where_compiling_is_off() -> None:
     compiled: list[int] = []
     x, w = cancelling(64, 1024), torch.randn(1024, 96)
@@ -259,7 +329,6 @@ def test_the_mode_does_not_change_inside_a_compiled_function() -> None:
 
 def test_torch_is_as_it_was() -> None:
     from torch._dynamo import eval_frame
-    from torch._inductor import compile_fx as module
 
     before = eval_frame._callback_from_stance, module.compile_fx
     with bi.enabled():

@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 512,
 }
 # With "grouped_mm" tracing stops at an integer floor division.
 EXPERTS: dict[str, Any] = {
@@ -97,8 +97,9 @@ def test_no_logit_depends_on_the_batch(name: str) -> None:
 
 
 @needs_compiler
-def test_a_model_that_inductor_compiles() -> None:
-    model = model_of("llama")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_inductor_compiles(name: str) -> None:
+    model = model_of(name)
     compiled = torch.compile(model, dynamic=True)
     ids = torch.randint(0, 320, (8, 1))
     with torch.no_grad():
@@ -110,3 +111,28 @@ def test_a_model_that_inductor_compiles() -> None:
         # The control: without the mode, a request alone is not what it is among others.
         stock = logits(model, ids)
         assert any(mismatch(logits(model, ids[i : i + 1]), stock[i : i + 1]) for i in range(8))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_size_of_a_batch(name: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model_of(name).to(device)
+    config = torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024)
+    seen: dict[int, Tensor] = {}
+    with torch.no_grad(), config:
+        with bi.enabled():
+            compiled = torch.compile(model, dynamic=True)
+            for tokens in (1, 17, 256):
+                ids = torch.randint(0, 320, (64, tokens)).to(device)
+                seen[tokens] = ids
+                whole = logits(compiled, ids)
+                for rows in (32, 8, 3, 2, 1):
+                    got = logits(compiled, ids[:rows].clone())
+                    assert mismatch(got, whole[:rows]) is None, (tokens, rows)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, dynamic=True)
+        stock = logits(compiled, seen[1])
+        # The control: without the mode, one row is not what it is among others.
+        assert mismatch(logits(compiled, seen[1][:1].clone()), stock[:1]) is not None

@@ -167,6 +167,13 @@ class Backend(abc.ABC):
         """
         return {}
 
+    def fused_kernels(self) -> Mapping[str, Callable[..., Any]]:
+        """Kernels for operators that compiled code finds in a row, with the bits of the row.
+
+        `mean_square(x, dim, keepdim)`: the mean of the rounded squares of x, widened to fp32.
+        """
+        return {}
+
     def vendor_overrides(self) -> Mapping[str, Callable[..., Any] | None]:
         """Operators of `vendor_namespaces` that the mode replaces, by qualified name.
 

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -28,22 +28,31 @@ from batch_invariant.errors import (
 from batch_invariant.ops import CONTRACTS
 from batch_invariant.stock import capture, dispatch_key, stock
 
+
+class Options(NamedTuple):
+    """What a user asks of the mode beside turning it on."""
+
+    allow: frozenset[str] = frozenset()
+    eager_bits: bool = False
+
+
 _lock = threading.RLock()
 _installed: list[torch.library.Library] = []
 _explicit = False
 _contexts = 0
-_allow: frozenset[str] = frozenset()
+_options = Options()
 _fault: BatchInvariantError | None = None
 
 
-def enable(*, allow: Iterable[str] = ()) -> None:
+def enable(*, allow: Iterable[str] = (), eager_bits: bool = False) -> None:
     """Turns the mode on for the whole process; does nothing if it is on already.
 
     allow: names of aten operators, such as "fft_fft", or of a vendor's, such as "npu::npu_ffn",
-    that may run their own kernels although no invariant one exists.
+    that may run their own kernels although no invariant one exists. eager_bits: compiled code has
+    the bits of eager code on every device, at a cost (docs/compile.md); on CPUs it has them anyway.
     """
     global _explicit
-    wanted = _checked(allow)
+    wanted = Options(_checked(allow), eager_bits)
     with _lock:
         _ensure(wanted)
         _explicit = True
@@ -63,16 +72,16 @@ def is_enabled() -> bool:
 
 
 @contextmanager
-def enabled(*, allow: Iterable[str] = ()) -> Iterator[None]:
+def enabled(*, allow: Iterable[str] = (), eager_bits: bool = False) -> Iterator[None]:
     """Context manager and decorator: the mode is on inside, and what was found is restored.
 
     The overrides belong to the process. When contexts of several threads overlap, the mode stays
     on until the last of them is left.
     """
     global _contexts, _explicit
-    wanted = _checked(allow)
+    wanted = Options(_checked(allow), eager_bits)
     with _lock:
-        found, found_allow = _explicit, _allow
+        found, found_options = _explicit, _options
         _ensure(wanted)
         _contexts += 1
     try:
@@ -82,7 +91,7 @@ def enabled(*, allow: Iterable[str] = ()) -> Iterator[None]:
             _contexts -= 1
             _explicit = found
             if found or _contexts:
-                _ensure(found_allow)
+                _ensure(found_options)
             else:
                 _turn_off()
 
@@ -102,13 +111,13 @@ def enable_from_environment() -> None:
     except BatchInvariantError as error:
         sys.stderr.write(f"batch_invariant: {error}\n")
         with _lock:
-            _install(frozenset(), error)
+            _install(Options(), error)
 
 
-def _ensure(allow: frozenset[str]) -> None:
+def _ensure(options: Options) -> None:
     clash.check()
-    if not _installed or allow != _allow or _fault is not None:
-        _install(allow, None)
+    if not _installed or options != _options or _fault is not None:
+        _install(options, None)
 
 
 def _checked(allow: Iterable[str]) -> frozenset[str]:
@@ -132,31 +141,31 @@ def device_types() -> list[str]:
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
-def _install(allow: frozenset[str], fault: BatchInvariantError | None) -> None:
+def _install(options: Options, fault: BatchInvariantError | None) -> None:
     """Replaces whatever is installed; on an error everything is as torch made it."""
-    global _allow, _fault
+    global _options, _fault
     _uninstall()
     for device_type in device_types():
         _missing_backend(device_type)  # chooses kernels while nothing is overridden or refused
     try:
         devices: dict[str, inductor.Device] = {}
         for device_type in device_types():
-            libraries, devices[device_type] = _override(device_type, allow, fault)
+            libraries, devices[device_type] = _override(device_type, options.allow, fault)
             _installed.extend(libraries)
-        _allow, _fault = allow, fault
-        inductor.hold(inductor.Rules(devices, allow))
+        _options, _fault = options, fault
+        inductor.hold(inductor.Rules(devices, *options))
     except BaseException:
         _uninstall()
         raise
 
 
 def _uninstall() -> None:
-    global _allow, _fault
+    global _options, _fault
     inductor.release()
     while _installed:
         _installed.pop()._destroy()
     clash.forget()
-    _allow, _fault = frozenset(), None
+    _options, _fault = Options(), None
 
 
 def _turn_off() -> None:
@@ -169,7 +178,7 @@ def _turn_off() -> None:
 def _reinstall() -> None:
     with _lock:
         if _installed:
-            _install(_allow, _fault)
+            _install(_options, _fault)
 
 
 selector.on_change(_reinstall)
@@ -249,7 +258,8 @@ def _plan(
     ]
     overridden = frozenset(name for table in tables for name in table)
     covered = {f"aten::{name}" for name in overridden}
-    harmless = {} if fault else selector.current_backend(device_type).aten_harmless()
+    backend = None if fault else selector.current_backend(device_type)
+    harmless = {} if backend is None else backend.aten_harmless()
     refused = {
         name.removeprefix("aten::"): reason
         for name, reason in coverage.refused_overloads(covered, key, harmless).items()
@@ -262,6 +272,7 @@ def _plan(
         overridden=overridden,
         refused=refused,
         harmless=harmless,
+        fused=frozenset() if backend is None else frozenset(backend.fused_kernels()),
         fault=fault,
     )
 

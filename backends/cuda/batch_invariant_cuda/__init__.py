@@ -87,6 +87,12 @@ class CudaBackend(Backend):
 
         return HARMLESS
 
+    def fused_kernels(self) -> Mapping[str, Callable[..., Any]]:
+        """What the reductions can do with their operand as they read it."""
+        from batch_invariant_cuda.reduce import mean_square
+
+        return {"mean_square": mean_square}
+
     def tuner(self) -> Tuner:
         """Schedules of the matrix products."""
         from batch_invariant_cuda.tune import CudaTuner

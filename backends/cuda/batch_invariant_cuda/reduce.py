@@ -27,6 +27,7 @@ from batch_invariant_cuda.columns import reduce_columns
 from batch_invariant_cuda.reduce_ops import (
     LOGSUMEXP,
     MEAN,
+    MEAN_SQUARE,
     NORM0,
     NORM1,
     NORM2,
@@ -312,6 +313,19 @@ def _mean(self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: 
         out = lane_sum(matrix) / matrix.size(1)
     else:
         out = _reduce_dims(MEAN.value, x, dims, dtype or x.dtype)
+    return out.view(reduced_shape(self.shape, dims, keepdim))
+
+
+@_repeated(MEAN_SQUARE.value)
+def mean_square(
+    self: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """The mean of the squares of fp32, bf16 or fp16, widened and rounded to fp32: `_mean` of them.
+
+    The result is fp32; `dtype` is there for `_repeated` and ignored.
+    """
+    dims = normalize(dim, self.dim())
+    out = _reduce_dims(MEAN_SQUARE.value, self, dims, torch.float32)
     return out.view(reduced_shape(self.shape, dims, keepdim))
 
 

@@ -30,6 +30,7 @@ RSTD = tl.constexpr(9)  # of a normalisation: 1 / sqrt(total / size + divisor)
 CENTRED_RSTD = tl.constexpr(10)
 EXP_SUM = tl.constexpr(11)
 LOG_EXP_SUM = tl.constexpr(12)
+MEAN_SQUARE = tl.constexpr(13)
 
 TERM_OF = {
     SUM.value: VALUE.value,
@@ -45,6 +46,7 @@ TERM_OF = {
     CENTRED_RSTD.value: SQUARED_DIFFERENCE.value,
     EXP_SUM.value: EXPONENTIAL.value,
     LOG_EXP_SUM.value: EXPONENTIAL.value,
+    MEAN_SQUARE.value: SQUARE.value,
 }
 """The terms of the (last) sum of each reduction."""
 
@@ -71,7 +73,7 @@ def needs_mean(op):
 def finished(total, top, size, divisor, OP: tl.constexpr):
     """The result of a reduction from its total, in fp32; size is the number of elements."""
     y = total
-    if OP == MEAN:
+    if OP == MEAN or OP == MEAN_SQUARE:  # noqa: SIM109  (Triton has no `in`)
         y = tl.div_rn(total, size)
     elif OP == NORM2:
         y = tl.sqrt_rn(total)

@@ -17,20 +17,22 @@ BATCHES = (1, 2, 3, 8, 32, 64)
 VOCABULARY = 151936
 
 
-def model() -> torch.nn.Module:
-    """Qwen3 of 8B widths, 8 layers, seeded random weights."""
+WIDTHS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+
+def model(device: str = "cuda", **widths: int) -> torch.nn.Module:
+    """Qwen3 of 8B widths, 8 layers, seeded random weights; or of other widths."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=8,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=False,
-    )
-    with torch.device("cuda"):
+    config = Qwen3Config(**(WIDTHS | widths), tie_word_embeddings=False)
+    with torch.device(device):
         made = Qwen3ForCausalLM._from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
@@ -41,11 +43,12 @@ def milliseconds(call: Callable[[], Any], trials: int = 7) -> float:
     """The median wall time of a call with an empty queue, after one that is not counted."""
     call()
     times = []
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(trials):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - started)
     return round(sorted(times)[trials // 2] * 1e3, 3)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from batch_invariant import coverage, selector
+from batch_invariant.inductor import pairs
 from batch_invariant.inductor.fusible import may_fuse
 from batch_invariant.inductor.opaque import aten_of
 from batch_invariant.inductor.rules import Device, Rules
@@ -56,6 +57,9 @@ def of_call(func: Any, values: Sequence[Any], rules: Rules) -> Verdict:
         if own not in CONTRACTS:
             return Verdict(COVERED, "it computes by operators of the contracts alone")
         return _contract(own, device_type, _dtype(values))
+    if func.namespace == pairs.NAMESPACE:
+        part = pairs.PARTS[func._schema.name.split("::")[1]]
+        return _contract(part, device_type, torch.float32)
     if func.namespace != "aten":
         if func.namespace in _PLAIN:
             return Verdict(HARMLESS, _MEMORY)

@@ -17,22 +17,32 @@ from batch_invariant.inductor.opaque import aten_of
 from batch_invariant.inductor.rules import Rules
 from batch_invariant.places import running_line
 
+_OWN_TRITON = "a Triton kernel of the program, which nobody has classified"
+_TRUSTED = "trusted by who asked for this audit; it was not looked at"
 _EXACT_LOOP = "a generated loop of exact operations, low precision rounded after each"
 
 
 class Watch(TorchDispatchMode):
     """Records what runs inside; `strict` raises before the first uncovered operator.
 
-    off: the rules of what runs while the mode is off.
+    off: the rules of what runs while the mode is off. trusted: operators of other libraries, and
+    Triton kernels, that are not called uncovered.
     """
 
-    def __init__(self, off: Rules, strict: bool) -> None:
+    def __init__(self, off: Rules, strict: bool, trusted: frozenset[str] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.strict = strict
+        self.trusted = trusted
         self.ran: dict[Ran, int] = {}
         self.graphs = 0
         self._off = off
         self._running: list[list[Any]] = []
+        self._calling = False
+
+    def launched(self, kernel: str) -> None:
+        """Records a Triton kernel; one that an operator launches is part of that operator."""
+        if not self._calling:
+            self._add(Ran(kernel, EAGER, self._of_triton(kernel), _running_place()))
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -47,7 +57,10 @@ class Watch(TorchDispatchMode):
     def runs(self, kernels: list[Any]) -> Iterator[None]:
         """Records the generated kernels of a graph; the calls that it makes are dispatched."""
         for kernel in kernels:
-            if kernel.kind == "generated" or kernel.wrong:
+            if kernel.kind == "triton":
+                verdict = self._of_triton(kernel.name)
+                self._add(Ran(kernel.name, COMPILED, verdict, kernel.place, kernel.origins))
+            elif kernel.kind == "generated" or kernel.wrong:
                 kind = UNCOVERED if kernel.wrong else HARMLESS
                 verdict = Verdict(kind, kernel.wrong or _EXACT_LOOP)
                 self._add(Ran(kernel.name, GENERATED, verdict, kernel.place, kernel.origins))
@@ -72,8 +85,21 @@ class Watch(TorchDispatchMode):
                 return result
         shown = aten_of(func) or func
         how = COMPILED if self._running else EAGER
-        self._add(Ran(shown.name(), how, of_call(func, values, rules), self._place(func)))
-        return func(*args, **kwargs)
+        verdict = of_call(func, values, rules)
+        name = str(shown.name()).partition(".")[0]
+        if name in self.trusted and not name.startswith("aten::"):
+            verdict = Verdict(HARMLESS, _TRUSTED)
+        self._add(Ran(shown.name(), how, verdict, self._place(func)))
+        before, self._calling = self._calling, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._calling = before
+
+    def _of_triton(self, kernel: str) -> Verdict:
+        if kernel in self.trusted:
+            return Verdict(HARMLESS, _TRUSTED)
+        return Verdict(UNCOVERED, _OWN_TRITON)
 
     def _add(self, ran: Ran) -> None:
         if self.strict and ran.verdict.kind == UNCOVERED:
@@ -84,9 +110,13 @@ class Watch(TorchDispatchMode):
         if self._running:
             places = [k.place for k in self._running[-1] if k.name == func.name() and k.place]
             return places[0] if places else ""
-        file, line = running_line()
-        text = linecache.getline(file, line).strip()
-        return f"{file}:{line}" + (f"  {text}" if text else "") if file else ""
+        return _running_place()
+
+
+def _running_place() -> str:
+    file, line = running_line()
+    text = linecache.getline(file, line).strip()
+    return f"{file}:{line}" + (f"  {text}" if text else "") if file else ""
 
 
 def _is_composite(func: Any, rules: Rules, values: list[Any]) -> bool:

@@ -24,6 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="stop the script at the first uncovered operator"
     )
     parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a Triton kernel, or an operator of another library (lib::op), that was checked",
+    )
+    parser.add_argument(
         "--enable", action="store_true", help="turn the mode on before the script runs"
     )
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="a Python file")
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     was_on = mode.is_enabled()
     failed = ""
-    with auditing(args.strict) as found:
+    with auditing(args.strict, args.trust) as found:
         try:
             if args.enable:
                 mode.enable()

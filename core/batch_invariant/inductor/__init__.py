@@ -27,7 +27,7 @@ from batch_invariant.ops import CONTRACTS
 
 __all__ = ["Device", "Rules", "Watcher", "hold", "release", "rules_held", "watched"]
 
-COMPILED_ON = frozenset({"cpu"})
+COMPILED_ON = frozenset({"cpu", "cuda"})
 """Device types whose generated code was checked. Where the mode covers another one as well,
 compiled functions run eagerly while it is on: right, and not faster."""
 

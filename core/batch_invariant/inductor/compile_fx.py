@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from batch_invariant.errors import ConfigurationError
+from batch_invariant.inductor.fuse import Fuse
 from batch_invariant.inductor.rules import Rules, Watcher
 from batch_invariant.inductor.scheduled import Check, collected
 from batch_invariant.inductor.table import Table
@@ -32,6 +33,7 @@ _EXACT = {
 }
 _NEEDED = ("emulate_precision_casts", "cpp.enable_floating_point_contract_flag")
 _CHECK = "_post_fusion_custom_pass"
+_PASS = "post_grad_custom_pre_pass"
 
 
 def install() -> Callable[[], None]:
@@ -104,9 +106,23 @@ def _patches(rules: Rules) -> dict[str, Any]:
     patches: dict[str, Any] = {_CHECK: Check(rules, known[_CHECK])}
     if rules.enforced:
         patches |= {name: value for name, value in _EXACT.items() if name in known}
+        if not _keeps_casts():
+            patches["pattern_matcher"] = False
+        if any(device.fused for device in rules.devices.values()):
+            patches[_PASS] = Fuse(rules, known[_PASS])
     if rules.watcher is not None:
         patches["force_disable_caches"] = True
     return patches
+
+
+def _keeps_casts() -> bool:
+    """Whether Inductor's patterns leave a cast to low precision and back alone, as it rounds.
+
+    Those of torch 2.11 take it for pointless. What else they look for, the table has replaced.
+    """
+    from torch._inductor.fx_passes import joint_graph
+
+    return hasattr(joint_graph, "_is_lossless_fp_widening_cast")
 
 
 def _shown(watcher: Watcher, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

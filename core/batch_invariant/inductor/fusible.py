@@ -61,14 +61,24 @@ def always_fused(func: torch._ops.OpOverload, reason: str | None) -> bool:
 
 
 def may_fuse(
-    func: torch._ops.OpOverload, reason: str | None, device: Device, values: Sequence[Any]
+    func: torch._ops.OpOverload,
+    reason: str | None,
+    device: Device,
+    values: Sequence[Any],
+    eager_bits: bool = False,
 ) -> bool:
     """Whether Inductor may lower this call itself.
 
-    reason: why the overload is harmless, or None; values: all arguments of the call, in order.
+    reason: why the overload is harmless, or None; values: all arguments of the call, in order;
+    eager_bits: whether it must have the bits of eager code beside being invariant.
     """
     base = coverage.base_of(func.name())
+    # A GPU's elementwise functions are those of another library in generated code, and division
+    # by a number is a product with a reciprocal that is rounded otherwise than torch's.
+    called = eager_bits and device.elementwise
     if base in ROUNDED_ONCE:
+        if called and base == "div":
+            return False
         return _real(values) and not _scaled(func, values) and not _modes(func)
     if func.name().removeprefix("aten::") in device.overridden:
         return False
@@ -77,7 +87,7 @@ def may_fuse(
     # What a backend calls harmless, and core does not: one thread of a GPU computes an element, in
     # generated code as well.
     by_backend = reason is not None and coverage.harmless(func.name()) is None
-    return by_backend and base in ELEMENTWISE and _real(values)
+    return by_backend and base in ELEMENTWISE and _real(values) and not called
 
 
 def _real(values: Sequence[Any]) -> bool:

@@ -22,7 +22,8 @@ class Device:
     backend: its name and the package it is from; code: the folder of that package, or its one file.
     overloads: every aten overload that runs code of its own here. overridden: those that the mode
     sends elsewhere. refused: those that raise. harmless: what the backend says beside core's own
-    table. fault: why nothing can run here. Names are without `aten::`.
+    table. fused: the `pairs` of operators that it has one kernel for. fault: why nothing can run
+    here. Names are without `aten::`.
     """
 
     backend: str
@@ -31,7 +32,13 @@ class Device:
     overridden: frozenset[str]
     refused: Mapping[str, Refusal]
     harmless: Mapping[str, str | None]
+    fused: frozenset[str] = frozenset()
     fault: BatchInvariantError | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether any code that computes an elementwise function does so alike at every place."""
+        return self.harmless.get("exp") is not None
 
 
 class Watcher(Protocol):
@@ -51,21 +58,26 @@ class Watcher(Protocol):
 class Rules:
     """The mode's setting: by device type, and the operators that may run torch's own kernels.
 
-    enforced: False while the mode is off, when an audit looks on and changes nothing.
+    eager_bits: elementwise functions are called as in eager, also where the generated ones would
+    keep the promise with other bits. enforced: False while the mode is off, when an audit looks on
+    and changes nothing.
     """
 
     devices: Mapping[str, Device]
     allow: frozenset[str]
+    eager_bits: bool = False
     enforced: bool = True
     watcher: Watcher | None = None
     identity: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         backends = tuple(
-            (device, found.backend, str(found.fault)) for device, found in self.devices.items()
+            (device, found.backend, tuple(sorted(found.fused)), str(found.fault))
+            for device, found in self.devices.items()
         )
         watched = id(self.watcher) if self.watcher else None
-        identity = (_sources(), backends, tuple(sorted(self.allow)), self.enforced, watched)
+        asked = (tuple(sorted(self.allow)), self.eager_bits)
+        identity = (_sources(), backends, asked, self.enforced, watched)
         object.__setattr__(self, "identity", identity)
 
     def allows(self, name: str) -> bool:

@@ -18,14 +18,15 @@ from torch._inductor import custom_graph_pass
 from batch_invariant.errors import UncoveredOpError
 from batch_invariant.inductor.fusible import LOOP_OPS
 from batch_invariant.inductor.rules import Device, Rules
-from batch_invariant.places import traced_line
+from batch_invariant.places import kernel_name, traced_line
 
 
 @dataclass(frozen=True)
 class Scheduled:
     """One kernel of a compiled graph.
 
-    kind: "generated" or "call". name: the operator that is called, or what a loop does. origins:
+    kind: "generated", "call", or "triton" for a kernel of the user's, which only an audit judges.
+    name: the operator or kernel that is called, or what a loop does. origins:
     the operators of the graph it is made of. loop: the operations of a generated loop. wrong: why
     it does not keep the promise, or "". place: the line of user code.
     """
@@ -116,8 +117,12 @@ def look(node: Any, rules: Rules) -> Iterator[Scheduled]:
         name = _loop_name(node, buffer, loop)
         yield Scheduled("generated", name, device_type, origins, loop, wrong, place)
         return
+    if isinstance(buffer, ir.UserDefinedTritonKernel):
+        name = kernel_name(buffer.get_kernel_and_metadata()[0])
+        yield Scheduled("triton", name, device_type, origins, (), "", place)
+        return
     func = getattr(buffer, "op_overload", None)
-    name = func.name() if isinstance(func, torch._ops.OpOverload) else _kernel_name(buffer)
+    name = func.name() if isinstance(func, torch._ops.OpOverload) else _extern_name(buffer)
     wrong = _wrong_call(buffer, func)
     yield Scheduled("call", name, device_type, origins, (), wrong, place)
 
@@ -150,7 +155,7 @@ def _loop_name(node: Any, buffer: Any, loop: tuple[str, ...]) -> str:
     return "loop: " + (", ".join(done) or "copy")
 
 
-def _kernel_name(buffer: Any) -> str:
+def _extern_name(buffer: Any) -> str:
     return str(getattr(buffer, "python_kernel_name", None) or type(buffer).__name__)
 
 
@@ -201,7 +206,7 @@ def _elementwise(name: str, device: Device) -> bool:
     """Whether the backend says that this device computes a function alike at any place."""
     base = name.removeprefix("libdevice_")
     return device.harmless.get(base) is not None or (
-        base in ("fma", "relu", "square", "rand", "randn") and bool(device.harmless.get("exp"))
+        base in ("fma", "relu", "square", "rand", "randn") and device.elementwise
     )
 
 

@@ -35,8 +35,6 @@ class Table(dict[torch._ops.OpOverload, Decomposition]):
             func = _overload(name)
             if func is not None and not func._schema.is_mutable and not _views(func):
                 self[func] = _Rewrite(func, rules, stock.get(func))
-                # Now, not when it is traced: a graph from a cache on disk calls it untraced.
-                opaque(func)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (self.rules.identity,)
@@ -61,6 +59,10 @@ class _Rewrite:
         self.name = func.name().removeprefix("aten::")
         self.rules = rules
         self.stock = stock
+        self.of_number = _of_number(func)
+        for called in (func, self.of_number):
+            # Now, not when it is traced: a graph from a cache on disk calls it untraced.
+            opaque(called)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = tree_leaves((args, kwargs), is_leaf=lambda value: value is None)
@@ -68,13 +70,14 @@ class _Rewrite:
         if device is None:
             return self._inductor(args, kwargs)
         if self.rules.allows(self.name):
-            return opaque(self.func)(*args, **kwargs)
+            return self._opaque(args, kwargs)
         if self.name in _contracts():
             if device.fault is not None:
                 raise device.fault.with_traceback(None)
             return _contracts()[self.name](*self._positional(args), **kwargs)
         reason = coverage.harmless(self.name, device.harmless)
-        if may_fuse(self.func, reason, device, self._given(args, kwargs)):
+        given = self._given(args, kwargs)
+        if may_fuse(self.func, reason, device, given, self.rules.eager_bits):
             return self._inductor(args, kwargs)
         refused = device.refused.get(self.name)
         if refused is not None and not (refused.only_floating and not _inexact(values)):
@@ -83,7 +86,17 @@ class _Rewrite:
             raise UncoveredOpError(
                 f"aten::{self.name}", ", ".join(map(_describe, values)), refused.text + _line()
             )
-        return opaque(self.func)(*args, **kwargs)
+        return self._opaque(args, kwargs)
+
+    def _opaque(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of the dispatcher. Torch takes numbers for tensors; an opaque operator does not,
+        and calls the overload that is for numbers."""
+        given = zip((a.type for a in self.func._schema.arguments), args, strict=False)
+        number = any(
+            isinstance(kind, torch.TensorType) and isinstance(value, _NUMBERS)
+            for kind, value in given
+        )
+        return opaque(self.of_number if number else self.func)(*args, **kwargs)
 
     def _positional(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments with aten's defaults, which the contracts do not have."""
@@ -98,6 +111,21 @@ class _Rewrite:
 
     def _inductor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented if self.stock is None else self.stock(*args, **kwargs)
+
+
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _of_number(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The overload that takes a number as its second operand, or else the same one."""
+    name = func._overloadname
+    wanted = "Scalar" if name == "default" else name.replace("Tensor", "Scalar", 1)
+    found = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::"))
+    if wanted == name or wanted not in found.overloads():
+        return func
+    number: torch._ops.OpOverload = getattr(found, wanted)
+    other = [a.name for a in number._schema.arguments]
+    return number if other == [a.name for a in func._schema.arguments] else func
 
 
 @functools.cache
