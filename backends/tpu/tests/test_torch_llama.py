@@ -7,7 +7,7 @@ from batch_invariant.ops.bits import mismatch
 from torch_llama import VOCABULARY, Ours, Plain, forward, weights
 
 TOKENS = torch.randint(0, VOCABULARY, (64, 7), generator=torch.Generator().manual_seed(3))
-BATCHES = {torch.float32: (1, 2, 3, 8, 33), torch.bfloat16: (1, 5)}
+BATCHES = {torch.float32: (1, 3, 8, 33), torch.bfloat16: (1, 5)}
 
 
 def _varies(ops: Ours | Plain, dtype: torch.dtype) -> list[str]:

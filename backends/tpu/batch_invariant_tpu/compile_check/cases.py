@@ -159,11 +159,11 @@ def _channels(dtype: str) -> Iterator[Case]:
         return g.reshape(x.shape) * w[:, None] + b[:, None]
 
     yield Case(
-        "group_norm 64x196 in 8, weight and bias",
+        "group_norm 32x64 in 8, weight and bias",
         lambda x, w, b: bi.group_norm(x, 8, w, b),
-        lambda m: [((m, 64, 196), dtype), ((64,), dtype), ((64,), dtype)],
+        lambda m: [((m, 32, 64), dtype), ((32,), dtype), ((32,), dtype)],
         (0,),
-        lambda m: 6.0 * m * 64 * 196,
+        lambda m: 6.0 * m * 32 * 64,
         plain,
         kernels=2,
     )
