@@ -14,7 +14,7 @@ CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 SUM, MEAN, PROD, NORM0, NORM1, NORM2, NORM_INF, NORM_NEG_INF = range(8)
 SOFTMAX, LOG_SOFTMAX = range(2)
 LARGEST, SMALLEST = range(2)
-EXP, LOG, TANH = range(3)
+EXP, LOG, TANH, MINUS_LOG1M = range(4)
 
 Tensor = torch.Tensor
 _TYPES = {"i": ctypes.c_int32, "l": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double}
@@ -31,6 +31,7 @@ _SIGNATURES = {
     "bi_row_topk": "iilllplppi",
     "bi_row_argmax": "iillplpi",
     "bi_map": "ilppi",
+    "bi_row_sample": "illpppppppi",
     "bi_column_reduce": "iiilllpllpi",
     "bi_column_var": "iiilllplldppi",
     "bi_column_cumsum": "iilllpllpi",

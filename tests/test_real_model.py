@@ -15,7 +15,12 @@ import pytest
 import torch
 
 import batch_invariant as bi
-from batch_invariant.cli import demo, models
+from batch_invariant.cli import models
+from batch_invariant.cli.demo import batches
+from batch_invariant.cli.demo.comparing import Decoded
+from batch_invariant.cli.demo.generation import Generator
+from batch_invariant.cli.demo.prompts import PROMPTS, read_prompts
+from batch_invariant.cli.demo.report import Column
 
 SIZES = (1, 3, 8)
 NEW_TOKENS = 4
@@ -32,14 +37,14 @@ class Real:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
 
-    def measure(self, dtype: torch.dtype) -> demo.Column:
+    def measure(self, dtype: torch.dtype) -> Column:
         self.cast(dtype)
 
-        def decode(batch: Sequence[str]) -> list[demo.Decoded]:
-            return demo.decode(self.model, self.tokenizer, batch, NEW_TOKENS)
+        def decode(batch: Sequence[str]) -> list[Decoded]:
+            return Generator(self.model, self.tokenizer, NEW_TOKENS).greedy(batch)
 
         with models.quiet():
-            return demo.measure(
+            return batches.measure(
                 self.prompts, SIZES, decode, self.tokenizer.decode, lambda label, done: None
             )
 
@@ -59,7 +64,7 @@ def weights() -> models.Weights:
 def real(weights: models.Weights) -> Real:
     """Loaded once, in bfloat16: float32 holds the same numbers exactly."""
     model, tokenizer = models.load(weights, "bfloat16")
-    return Real(model, tokenizer, demo.read_prompts(demo.PROMPTS)[:8])
+    return Real(model, tokenizer, read_prompts(PROMPTS)[:8])
 
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -95,9 +100,9 @@ def test_the_model_still_says_what_it_says_in_stock_torch(real: Real) -> None:
     real.cast(torch.float32)
     prompt = ["The capital of France is"]
     with models.quiet():
-        (stock,) = demo.decode(real.model, real.tokenizer, prompt, 1)
+        (stock,) = Generator(real.model, real.tokenizer, 1).greedy(prompt)
         with bi.enabled():
-            (invariant,) = demo.decode(real.model, real.tokenizer, prompt, 1)
+            (invariant,) = Generator(real.model, real.tokenizer, 1).greedy(prompt)
     assert real.tokenizer.decode(invariant.tokens).strip() == "Paris"
     assert torch.equal(stock.tokens, invariant.tokens)
     torch.testing.assert_close(invariant.logits, stock.logits, rtol=1e-3, atol=1e-3)

@@ -37,6 +37,7 @@ _HOME = {
     "mode": ("disable", "enable", "enabled", "is_enabled"),
     "selector": ("backends", "current_backend", "use_backend"),
     "ops.matmul": ("addmm", "baddbmm", "bmm", "linear", "matmul", "mm"),
+    "ops.grouped": ("grouped_mm",),
     "ops.softmax": ("log_softmax", "softmax"),
     "ops.reduce": ("logsumexp", "mean", "norm", "prod", "std", "sum", "var"),
     "ops.scan": ("cumsum",),
@@ -45,6 +46,8 @@ _HOME = {
     "ops.varlen_attention": ("attention",),
     "ops.embedding": ("embedding",),
     "ops.select": ("argmax", "topk"),
+    "ops.sample": ("sample",),
+    "integrations.generation": ("SeededSampling",),
     "ops.elementwise": (
         "cos",
         "erf",

@@ -37,7 +37,8 @@ class Kernel:
     portable: dtypes with the same bits as the CPU reference on any device with IEEE fp32 FMA.
     supports: takes what `fn` takes; None, or the reason why `fn` will refuse this very call. It
         narrows `dtypes` where shapes or options matter; `fn` raises for what it refuses.
-    source: where the kernel comes from, if the backend chooses among several.
+    source: where the kernel comes from, if the backend chooses among several; by dtype where it
+        differs.
     better: why each better source was not taken, such as what would have to be installed. Both are
         shown by `bi doctor`.
     """
@@ -48,7 +49,7 @@ class Kernel:
     order: Order | Mapping[torch.dtype, Order]
     portable: frozenset[torch.dtype] = frozenset()
     supports: Callable[..., str | None] | None = None
-    source: str = ""
+    source: str | Mapping[torch.dtype, str] = ""
     better: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,6 +64,10 @@ class Kernel:
     def order_of(self, dtype: torch.dtype) -> Order:
         """The order of the additions for inputs of this dtype."""
         return self.order if isinstance(self.order, Order) else self.order[dtype]
+
+    def source_of(self, dtype: torch.dtype) -> str:
+        """Where the kernel for inputs of this dtype comes from."""
+        return self.source if isinstance(self.source, str) else self.source[dtype]
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,13 @@ class Backend(abc.ABC):
 
     def gaps(self) -> Sequence[Gap]:
         """What this backend is known not to keep; everything else is checked and must hold."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """More lines for `bi doctor`, such as what a vendor's own operators are replaced by.
+
+        Asked if `probe` says ok.
+        """
         return ()
 
     def tuner(self) -> Tuner | None:

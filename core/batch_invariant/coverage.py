@@ -169,7 +169,6 @@ _REASONS = {
     "_native_batch_norm_legit": _MIXES_ROWS,
     "native_batch_norm": _MIXES_ROWS,
     "_batch_norm_with_update": _MIXES_ROWS,
-    "_grouped_mm": "rows of one expert see each other; multiply each group with mm",
     "cumprod": "it has no fixed order; use exp(cumsum(log(x))) or prod",
     "nansum": "use nan_to_num and sum",
     "trace": "use diagonal and sum",
@@ -303,15 +302,16 @@ def refused_overloads(
     }
 
 
-OTHER_LAYOUTS = {
-    "cpu": ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "NestedTensorCPU"),
-    "cuda": ("SparseCUDA", "SparseCsrCUDA", "QuantizedCUDA", "NestedTensorCUDA"),
-    "npu": (
-        *("SparsePrivateUse1", "SparseCsrPrivateUse1"),
-        *("QuantizedPrivateUse1", "NestedTensorPrivateUse1"),
-    ),
-}
-"""Keys of a device's tensors that are not plain ones: their kernels are torch's own."""
+_LAYOUTS = ("Sparse", "SparseCsr", "Quantized", "NestedTensor", "Mkldnn")
+
+
+def layout_keys(key: str) -> list[str]:
+    """Dispatch keys of a device's tensors that are not plain ones: their kernels are torch's own.
+
+    torch derives their names from the device's own key; not every device has all of them.
+    """
+    return [n for n in (f"{kind}{key}" for kind in _LAYOUTS) if torch._C._parse_dispatch_key(n)]
+
 
 _LAYOUT = Refusal(
     "sparse, quantized, nested and mkldnn tensors have no invariant kernels; convert to a plain "

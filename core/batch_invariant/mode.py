@@ -19,11 +19,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from batch_invariant import coverage, env, inductor, registry, selector, vendor
+from batch_invariant import clash, coverage, env, inductor, registry, selector, vendor
 from batch_invariant.errors import (
     BatchInvariantError,
     ConfigurationError,
-    OverrideClash,
     UncoveredOpError,
 )
 from batch_invariant.ops import CONTRACTS
@@ -116,6 +115,7 @@ def enable_from_environment() -> None:
 
 
 def _ensure(options: Options) -> None:
+    clash.check()
     if not _installed or options != _options or _fault is not None:
         _install(options, None)
 
@@ -164,6 +164,7 @@ def _uninstall() -> None:
     inductor.release()
     while _installed:
         _installed.pop()._destroy()
+    clash.forget()
     _options, _fault = Options(), None
 
 
@@ -207,18 +208,13 @@ def _override(
         if f"{of}::{name.split('.')[0]}" in allow:
             return
         # A vendor's own operators may be written in Python: that is no second override.
-        if of == "aten" and any(f"aten/{name}/{key}" in torch.library._impls for key in _names(at)):
-            raise OverrideClash(
-                f"aten::{name} is already overridden at {at} by another library, which would "
-                "decide the bits; import batch_invariant without it, or turn its mode off first"
-            )
+        if of == "aten":
+            clash.refuse_earlier(name, at)
         libraries[of].impl(name, fn, at, with_keyset=keyset, allow_override=of != "aten")
 
+    before = set(clash.record())
     capture((*plain, *with_keyset, *refused), key)
-    layouts = {
-        layout: coverage.refused_layouts(layout)
-        for layout in coverage.OTHER_LAYOUTS.get(device_type, ())
-    }
+    layouts = {layout: coverage.refused_layouts(layout) for layout in coverage.layout_keys(key)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Oo]verrid")
@@ -236,7 +232,9 @@ def _override(
                     impl(short, _refuse(short, reason, layout, fault), layout)
             for qualified, fn in special.items():
                 namespace, _, name = qualified.partition("::")
-                impl(name, fn, key, of=namespace)
+                impl(name, clash.checking(fn), key, of=namespace)
+        for library in libraries.values():
+            clash.watch(library, before)
     except BaseException:
         for library in libraries.values():
             library._destroy()
@@ -290,12 +288,6 @@ def _code(device_type: str) -> str:
 def _identity(device_type: str) -> str:
     name = selector.current_backend(device_type).name
     return f"{name} of {registry.distribution(name)}"
-
-
-def _names(key: str) -> tuple[str, ...]:
-    """A dispatch key as it may be spelled: an out-of-tree device has a name of its own."""
-    own: str = torch._C._get_privateuse1_backend_name().upper()
-    return (key, key.replace("PrivateUse1", own))
 
 
 Overrides = dict[str, Callable[..., Any]]

@@ -61,6 +61,12 @@ class AscendBackend(Backend):
             Gap(op="attention", check="kernel", reason="no kernel for Ascend yet"),
         )
 
+    def notes(self) -> Sequence[str]:
+        """The tier of the fused attention that engines call by name, and what every call takes."""
+        from batch_invariant_ascend import npu_attention
+
+        return npu_attention.notes()
+
     def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
         """Operators that torch_npu has kernels of its own for."""
         from batch_invariant_ascend import aten

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import weakref
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -121,30 +123,37 @@ def _device() -> Availability | None:
     return None
 
 
-def hccl_started() -> bool:
-    """Whether a process group over HCCL exists, so that HCCL's variables are no longer read."""
+def hccl_groups() -> list[Any]:
+    """The process groups over HCCL or LCCL: what those read when they start is no longer read."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
-        return False
-    groups = distributed.distributed_c10d._world.pg_map.values()
-    return any("hccl" in str(backend) for backend, _ in groups)
+        return []
+    # By device, such as "cpu:gloo,npu:hccl": where no backend was asked for its name says nothing.
+    configs = distributed.distributed_c10d._world.pg_backend_config
+    return [
+        group
+        for group, config in configs.items()
+        if any(name in str(config) for name in ("hccl", "lccl"))
+    ]
 
 
 HCCL = {"HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1"}
 """What the collectives read when they start."""
 
-_started_invariant = False
+_started_invariant: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def remember_hccl() -> None:
-    """Notes that HCCL has started with the right variables, which are about to be restored."""
-    global _started_invariant
-    _started_invariant = _started_invariant or hccl_started()
+    """Notes the groups that have started with the right variables, which are about to be restored.
+
+    A group that is there when they are set is one of those: `availability` refused every other.
+    """
+    _started_invariant.update(hccl_groups())
 
 
 def _hccl() -> Availability | None:
     wrong = [name for name, value in HCCL.items() if os.environ.get(name) != value]
-    if not wrong or not hccl_started() or _started_invariant:
+    if not wrong or all(group in _started_invariant for group in hccl_groups()):
         return None
     found = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in wrong)
     return Availability(

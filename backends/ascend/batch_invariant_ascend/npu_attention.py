@@ -16,22 +16,18 @@ import torch
 from batch_invariant.errors import OpNotSupported
 from batch_invariant_ascend import admission
 from batch_invariant_ascend.attention import attend
-from batch_invariant_ascend.dtypes import check_dtype
+from batch_invariant_ascend.dtypes import DTYPES, check_dtype
+from batch_invariant_ascend.fused_attention import (
+    NAME,
+    RENAMED,
+    batch_invariant,
+    is_given,
+    native,
+)
 from batch_invariant_ascend.paged import sequences_of, split, together
-from batch_invariant_ascend.switches import check_level_3
-from batch_invariant_ascend.tiers import Candidate, Choice, Tier, ascendc, choose, need_level_3
+from batch_invariant_ascend.tiers import Candidate, Choice, Tier, choose
 
 Tensor = torch.Tensor
-_NAME = "npu_fused_infer_attention_score"
-_RENAMED = {
-    "actual_seq_qlen": "actual_seq_lengths",
-    "actual_seq_kvlen": "actual_seq_lengths_kv",
-    "num_query_heads": "num_heads",
-    "softmax_scale": "scale",
-    "return_softmax_lse": "softmax_lse_flag",
-}
-"""Keywords of `_v2`, by what they are called in the first version."""
-
 _UNDERSTOOD = frozenset(
     """
     atten_mask actual_seq_lengths actual_seq_lengths_kv block_table num_heads scale input_layout
@@ -45,35 +41,18 @@ _ALL_TOKENS = 2147483647
 def choice(version: str) -> Choice:
     """The tier of attention here; version is "" or "_v2"."""
     return choose(
-        _NAME + version,
+        NAME + version,
         (
-            Candidate(Tier.A, lambda: _native(version), lambda fn: _varies(fn, version)),
-            Candidate(Tier.B, lambda: _ascendc(version), lambda fn: _varies(fn, version)),
+            Candidate(Tier.A, lambda: native(version), lambda fn: _varies(fn, version)),
+            Candidate(Tier.B, lambda: batch_invariant(version), lambda fn: _varies(fn, version)),
             Candidate(Tier.D, lambda: _composed),
         ),
     )
 
 
-def _native(version: str) -> Callable[..., Any]:
-    need_level_3()
-    kernel = torch.library.get_kernel(f"npu::{_NAME}{version}", "PrivateUse1")
-    keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-
-    def native(*args: Any, **kwargs: Any) -> Any:
-        check_level_3()
-        return kernel.call_boxed(keyset, *args, **kwargs)
-
-    return native
-
-
-def _ascendc(version: str) -> Callable[..., Any]:
-    fn: Callable[..., Any] = ascendc(f"{_NAME}{version}_batch_invariant")
-    return fn
-
-
 def _varies(fn: Callable[..., Any], version: str) -> str | None:
     """A call with several sequences against a call with each one alone, prefill and decode."""
-    names = {old: new for new, old in _RENAMED.items()} if version else {}
+    names = {old: new for new, old in RENAMED.items()} if version else {}
     for dtype in (torch.bfloat16, torch.float16):
         for lengths in ([3, 17, 5, 40], [1] * 9):
             keys = [length + 130 for length in lengths]
@@ -108,11 +87,11 @@ def _varies(fn: Callable[..., Any], version: str) -> str | None:
 
 def _override(version: str) -> Callable[..., Any]:
     def fused(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
-        check_dtype(_NAME, query)
+        check_dtype(NAME, query)
         chosen = choice(version)
         if chosen.tier is Tier.D:
             return _composed(query, key, value, **keywords)
-        names = _RENAMED if version else {}
+        names = RENAMED if version else {}
         plain = {names.get(name, name): value_ for name, value_ in keywords.items()}
         back = {old: new for new, old in names.items()}
 
@@ -146,13 +125,13 @@ def _out(version: str) -> Callable[..., Any]:
 
 def _composed(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
     """Each sequence and head on its own: rows see only their own keys, whatever shares the call."""
-    kw = {_RENAMED.get(name, name): value_ for name, value_ in keywords.items()}
+    kw = {RENAMED.get(name, name): value_ for name, value_ in keywords.items()}
     unknown = sorted(
-        name for name, value_ in kw.items() if name not in _UNDERSTOOD and _is_given(value_)
+        name for name, value_ in kw.items() if name not in _UNDERSTOOD and is_given(value_)
     )
     if unknown:
         raise OpNotSupported(
-            f"{_NAME} with {', '.join(unknown)} has no invariant implementation composed of "
+            f"{NAME} with {', '.join(unknown)} has no invariant implementation composed of "
             "others; install the AscendC package batch_invariant_ops, or CANN >= 9.2.0 "
             "(docs/ascend.md)"
         )
@@ -162,15 +141,10 @@ def _composed(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> tup
         mode == 0 and min(limits) < max(query.size(0), key.size(0)) * 1024
     ):
         raise OpNotSupported(
-            f"{_NAME} with sparse_mode={mode}, pre_tokens={limits[0]}, next_tokens={limits[1]}: "
+            f"{NAME} with sparse_mode={mode}, pre_tokens={limits[0]}, next_tokens={limits[1]}: "
             "composed of others there are 0 (all keys, or atten_mask), 2 and 3 (causal)"
         )
     return together_composed(query, key, value, kw, mode)
-
-
-def _is_given(value: Any) -> bool:
-    """Whether an argument asks for something: None, zero and empty lists do not."""
-    return isinstance(value, Tensor) or bool(value)
 
 
 def together_composed(
@@ -209,10 +183,22 @@ def _keep(mask: Tensor | None, mode: int, index: int, q: Tensor, k: Tensor) -> T
     return keep.expand(q.size(0), length, keys)
 
 
+def notes() -> list[str]:
+    """For `bi doctor`."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1")
+    tiers = [
+        f"{NAME}{version}: {choice(version).tier.value}"
+        for version in ("", "_v2")
+        if f"npu::{NAME}{version}" in registered
+    ]
+    dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+    return [*tiers, f"dtypes {dtypes}, norms of torch_npu with 1 to 8 dimensions; others raise"]
+
+
 OVERRIDES = {
-    f"npu::{_NAME}": _override(""),
-    f"npu::{_NAME}.out": _out(""),
-    f"npu::{_NAME}_v2": _override("_v2"),
-    f"npu::{_NAME}_v2.out": _out("_v2"),
+    f"npu::{NAME}": _override(""),
+    f"npu::{NAME}.out": _out(""),
+    f"npu::{NAME}_v2": _override("_v2"),
+    f"npu::{NAME}_v2.out": _out("_v2"),
 }
 """By the name of the operator."""

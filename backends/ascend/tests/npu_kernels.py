@@ -9,6 +9,7 @@ CANN says of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,7 @@ class CpuKernels:
 
     def install(self, skipped: frozenset[str]) -> int:
         """Registers a kernel for every overload but `skipped`, by base name; returns how many."""
+        _invariant_sums()
         aten = torch.library.Library("aten", "IMPL")
         libraries.append(aten)
         count = 0
@@ -143,6 +145,14 @@ class CpuKernels:
         return tensor
 
 
+@functools.cache
+def _invariant_sums() -> dict[str, Callable[..., Any]]:
+    """The CPU backend's, taken before a test selects another backend for the process."""
+    from batch_invariant import mode
+
+    return mode.overrides("cpu")[0]
+
+
 def _is_view(op: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
 
@@ -169,18 +179,17 @@ def _cpu_kernel(op: Any, name: str, level: int) -> Callable[..., Any]:
     CPU kernels compute the end of a tensor with other instructions than its body. A device whose
     kernels did would have no elementwise functions, so these come from the CPU backend.
     """
+    from batch_invariant import clash
     from batch_invariant.cpu import elementwise
     from batch_invariant.stock import stock
 
     if name in SUMS and level >= 3:
-        from batch_invariant import mode
-
-        return mode.overrides("cpu")[0][name]
+        return _invariant_sums()[name]
     if not _table:
         _table.update(elementwise.overrides())
     if name in _table:
         fn = _table[name]
         return lambda *args, **kwargs: fn(None, *args, **kwargs)
-    if f"aten/{name}/CPU" in torch.library._impls:
+    if clash.watched(name, "CPU") or f"aten/{name}/CPU" in torch.library._impls:
         return stock(name)
     return op

@@ -100,6 +100,21 @@ def test_triton_of_somebody_else_is_no_tier() -> None:
         tiers.need_triton()
 
 
+def test_a_batch_invariant_ops_of_somebody_else_is_no_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are two packages of that name on the package index, and neither is AscendC's."""
+    (tmp_path / "batch_invariant_ops.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    tiers._ascendc_problem.cache_clear()
+    try:
+        with pytest.raises(tiers.Missing, match="another package of that name is installed"):
+            tiers.ascendc("npu_mm_batch_invariant")
+    finally:
+        tiers._ascendc_problem.cache_clear()
+        sys.modules.pop("batch_invariant_ops", None)
+
+
 def test_every_tier_missing_or_failing_is_an_error_with_all_reasons() -> None:
     def missing() -> None:
         raise tiers.Missing("needs the moon")
@@ -112,6 +127,13 @@ def test_every_tier_missing_or_failing_is_an_error_with_all_reasons() -> None:
                 tiers.Candidate(tiers.Tier.B, lambda: print, lambda fn: "rows 1 to 2 differ"),
             ),
         )
+
+
+def test_doctor_shows_a_torch_npu_for_another_torch(tmp_path: Path) -> None:
+    _package(tmp_path, "2.10.0.post4", "def _autoload(): pass\n")
+    done = _child("import sys; from batch_invariant.cli import main; main(['doctor'])", tmp_path)
+    assert "torch_npu 2.10.0.post4 is made for torch 2.10" in done.stdout
+    assert "or install torch==2.10.*" in done.stdout
 
 
 def _child(code: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:

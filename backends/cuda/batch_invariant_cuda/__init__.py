@@ -18,8 +18,8 @@ from batch_invariant.backend import API_VERSION, Availability, Backend, Gap, Ker
 from batch_invariant.errors import BackendUnavailable
 
 FAMILIES = (
-    *("matmul", "reduce", "scan", "softmax", "norm"),
-    *("attention", "embedding", "select", "elementwise"),
+    *("matmul", "grouped", "reduce", "scan", "softmax", "norm"),
+    *("attention", "embedding", "select", "elementwise", "sample"),
 )
 """Modules with a `KERNELS` table, named as in core; one that is missing is a gap."""
 

@@ -33,6 +33,22 @@ def chunk_of(k: int, n: int, dtype: torch.dtype) -> int:
     return 0
 
 
+DEPTHS = (2048, 8192)
+"""`chunk_of` changes with K at these alone."""
+
+
+def chunks_by_depth(n: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """The chunks of a product of N columns with a K below the first of `DEPTHS`, the second, above.
+
+    For a kernel that learns K on the device.
+    """
+    return (
+        chunk_of(DEPTHS[0] - 1, n, dtype),
+        chunk_of(DEPTHS[1] - 1, n, dtype),
+        chunk_of(DEPTHS[1], n, dtype),
+    )
+
+
 def tf32_asked() -> bool:
     """Whether the user allowed TF32 in products of fp32, by any of torch's own switches.
 

@@ -1,4 +1,4 @@
-"""exp and log in fp32 by the very steps of the CPU reference: IEEE +, -, *, fma and bit operations.
+"""exp, log and log1p in fp32 by the very steps of the CPU reference: IEEE +, -, *, fma, bits.
 
 The vendor's exp and log have other bits on every device. These are the steps of
 `batch_invariant/cpu/native/math.h`, which also gives their errors and how the polynomials were
@@ -92,15 +92,8 @@ def near_div(x, divisor, reciprocal):
 
 
 @triton.jit
-def log(x):
-    """The natural logarithm in fp32; a negative number or NaN gives NaN, zeros give -inf."""
-    tiny = x < 1.1754943508222875e-38
-    scaled = tl.where(tiny, x * 8388608.0, x)
-    bits = scaled.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    k = exponent.to(tl.float32)
-    k = tl.where(tiny, k - 23.0, k)
+def log_sum(k, f):
+    """k ln(2) + log(1 + f), for whole k and 1 + f in [sqrt(1/2), sqrt(2))."""
     q = tl.fma(f, _L0, _L1)
     q = tl.fma(q, f, _L2)
     q = tl.fma(q, f, _L3)
@@ -109,7 +102,31 @@ def log(x):
     q = tl.fma(q, f, _L6)
     q = tl.fma(q, f, _L7)
     rest = f * f * tl.fma(q, f, -0.5)
-    result = tl.fma(k, _LOG_LN2_HIGH, f + tl.fma(k, _LOG_LN2_LOW, rest))
+    return tl.fma(k, _LOG_LN2_HIGH, f + tl.fma(k, _LOG_LN2_LOW, rest))
+
+
+@triton.jit
+def reduce_log(x):
+    """k and f of a normal number x = 2^k (1 + f), as `log_sum` takes them."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    return exponent.to(tl.float32), f
+
+
+@triton.jit
+def log(x):
+    """The natural logarithm in fp32; a negative number or NaN gives NaN, zeros give -inf."""
+    tiny = x < 1.1754943508222875e-38
+    k, f = reduce_log(tl.where(tiny, x * 8388608.0, x))
+    result = log_sum(tl.where(tiny, k - 23.0, k), f)
     result = tl.where(x == float("inf"), float("inf"), result)
     result = tl.where(x == 0.0, float("-inf"), result)
     return tl.where(x >= 0.0, result, float("nan"))
+
+
+@triton.jit
+def minus_log1m(v):
+    """-log(1 - v) for v in [2^-32, 1 - 2^-24]; a small v keeps all of its digits."""
+    k, f = reduce_log(1.0 - v)
+    return -log_sum(k, tl.where(k == 0.0, -v, f))

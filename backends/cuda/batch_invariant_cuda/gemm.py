@@ -117,6 +117,35 @@ def _span(
     return acc
 
 
+@triton.jit
+def chain(
+    pa, pb, sak, sbk, K, chunk, in_m, in_n,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The sum over all k by one program: one chain, or those of the chunks, added ascending."""
+    if not CHUNKED:
+        acc = _span(
+            pa, pb, sak, sbk, 0, K, in_m, in_n,
+            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = _span(
+            pa, pb, sak, sbk, 0, min(chunk, K), in_m, in_n,
+            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
+        )  # fmt: skip
+        lo = chunk
+        while lo < K:
+            at = lo.to(tl.int64) if WIDE else lo
+            acc += _span(
+                pa + at * sak, pb + at * sbk, sak, sbk, lo, min(lo + chunk, K), in_m, in_n,
+                BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
+            )  # fmt: skip
+            lo += chunk
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_tile(
     a, b, c, add, ws, count, M, N, K, chunk, sam, sak, sbk, sbn, sab, sbb, sdm, sdn, sdb,
@@ -167,25 +196,11 @@ def gemm_tile(
             acc, acc, ws, count, unit, split, splits,
             BN if SWAP else BM, BM if SWAP else BN, 0, FEW,
         )  # fmt: skip
-    elif CHUNKED:
-        done = True
-        acc = _span(
-            pa, pb, sak, sbk, 0, min(chunk, K), in_m, in_n,
-            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
-        )  # fmt: skip
-        lo = chunk
-        while lo < K:
-            at = lo.to(tl.int64) if WIDE else lo
-            acc += _span(
-                pa + at * sak, pb + at * sbk, sak, sbk, lo, min(lo + chunk, K), in_m, in_n,
-                BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
-            )  # fmt: skip
-            lo += chunk
     else:
         done = True
-        acc = _span(
-            pa, pb, sak, sbk, 0, K, in_m, in_n,
-            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION,
+        acc = chain(
+            pa, pb, sak, sbk, K, chunk, in_m, in_n,
+            BM, BN, BK, SWAP, EVEN_K, MASK_M, MASK_N, PRECISION, CHUNKED, WIDE,
         )  # fmt: skip
     if done:
         if SWAP:

@@ -158,12 +158,14 @@ def problem(
 
 @cache
 def programs(device: torch.device) -> int:
+    """How many multiprocessors that GPU has."""
     found: int = torch.cuda.get_device_properties(device).multi_processor_count
     return found
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of that GPU, as (major, minor)."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -171,21 +173,21 @@ def schedule_for(p: Problem, device: torch.device) -> Schedule:
     """The measured schedule of this shape, or the rule's, if it can run here."""
     if p.dtype is torch.float64:
         return parse("tile 32x32x16 w4 s1")
-    capability = _capability(device)
+    gpu = capability(device)
     if p.tf32:
-        return choice.tf32(p.m * p.batch, p.n) if capability == PROVED else choice.contract(p.dtype)
+        return choice.tf32(p.m * p.batch, p.n) if gpu == PROVED else choice.contract(p.dtype)
     name = str(p.dtype).removeprefix("torch.")
-    found = table_for(capability).find(name, p.k, p.n, p.m) if p.batch == 1 else None
+    found = table_for(gpu).find(name, p.k, p.n, p.m) if p.batch == 1 else None
     if found is not None and p.refuses(found) is None:
         return found
-    if capability != PROVED and p.dtype is not torch.float32:
+    if gpu != PROVED and p.dtype is not torch.float32:
         return choice.contract(p.dtype)
     by_rule = choice.default(
         p.m,
         p.n * p.batch,
         p.k,
         p.dtype,
-        bulk=p.bulk() and capability == PROVED,
+        bulk=p.bulk() and gpu == PROVED,
         chunk=p.chunk if p.batch == 1 and not p.wide() else 0,
         programs=programs(device),
     )

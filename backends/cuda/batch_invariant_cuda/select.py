@@ -53,7 +53,8 @@ def _key_kernel(x, keys, n, blocks, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
 _keys = RowKernel(_key_kernel, overlaps=FEW.value)
 
 
-def _topk_rows(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def topk_rows(x: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k values of every row of contiguous x [rows, n], best first, and where they are."""
     rows, n = x.shape
     if not x.numel() or k == 0:
         return x.new_empty(rows, k), x.new_empty(rows, k, dtype=torch.int64)
@@ -82,7 +83,7 @@ def _topk(
     topk_shape(self, k, dim)
     x = rows_along(self, dim)
     if x.dtype in FLOATS:
-        values, indices = _topk_rows(x, k, largest)
+        values, indices = topk_rows(x, k, largest)
     else:
         values, indices = stock("sort.stable", "CUDA")(x, stable=True, dim=1, descending=largest)
         values, indices = values[:, :k].contiguous(), indices[:, :k].contiguous()

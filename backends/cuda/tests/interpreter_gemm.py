@@ -26,7 +26,8 @@ def _patched(tensor, scope):
 
 interpreter._patch_lang_tensor = _patched
 
-from batch_invariant_cuda import launch, matmul, problem  # noqa: E402
+from batch_invariant.ops.grouped import by_groups  # noqa: E402
+from batch_invariant_cuda import grouped, launch, matmul, problem  # noqa: E402
 from batch_invariant_cuda.schedules import parse  # noqa: E402
 
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
@@ -183,6 +184,59 @@ FOLDS = [
 ]
 
 
+ENDS = (
+    [0, 5, 5, 37, 40],
+    [40, 40, 40, 40, 40],
+    [3, 3, 3, 3, 3],
+    [0, 0, 0, 0, 0],
+    [1, 2, 3, 39, 99],
+)
+
+
+def groups(ends: list[int]) -> tuple[int, int]:
+    """Whole numbers, so every order is exact: how many values are wrong by rows, and by depth.
+
+    The last of `ends` reaches beyond the rows, which a kernel has to survive.
+    """
+    offs, inside = torch.tensor(ends, dtype=torch.int32), torch.tensor(ends).clamp(max=40)
+    a = torch.randint(-9, 9, (40, 70)).float()
+    b = torch.randint(-9, 9, (5, 70, 45)).float()
+    s = parse("tile 16x32x16 w4 s2")
+    wrong = 0
+    for x, w in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
+        for chunk in (0, 48):
+            got = grouped.by_rows(x, w, offs, s, chunk, "ieee")
+            wrong += int((got != by_groups(torch.mm, a, b, inside)).sum())
+    deep, right = a.mT, torch.randint(-9, 9, (40, 33)).float()
+    want = by_groups(torch.mm, deep, right, inside)
+    got = grouped.by_depth(deep, right, offs, s, (0, 0, 0), "ieee")
+    chunked = grouped.by_depth(deep, right, offs, s, (16, 16, 16), "ieee")
+    return wrong, int((got != want).sum()) + int((chunked != want).sum())
+
+
+def group_order() -> tuple[int, int]:
+    """As `order`, of the chunks of groups: how many values differ, ascending and descending."""
+    k, chunk, offs = 256, 32, torch.tensor([7, 20], dtype=torch.int32)
+    a = torch.zeros(20, k)
+    a[:, ::chunk] = torch.randint(1, 2**12, (20, k // chunk)).float()
+    b = torch.zeros(2, k, 33)
+    b[:, ::chunk] = (
+        torch.randint(-(2**12), 2**12, (2, k // chunk, 33)).float()
+        * 2.0 ** torch.arange(0, 24, 3)[:, None]
+    )
+    out = grouped.by_rows(a, b, offs, parse("tile 16x32x16 w4 s2"), chunk, "ieee")
+    parts = [
+        by_groups(torch.mm, a[:, i : i + chunk], b[:, i : i + chunk], offs)
+        for i in range(0, k, chunk)
+    ]
+    up, down = parts[0].clone(), parts[-1].clone()
+    for part in parts[1:]:
+        up += part
+    for part in parts[-2::-1]:
+        down += part
+    return int((out != up).sum()), int((out != down).sum())
+
+
 def main() -> None:
     torch.manual_seed(0)
     json.dump(
@@ -190,6 +244,8 @@ def main() -> None:
             "errors": {f"{c[0]} {c[4]} {c[6]}": error(c) for c in CASES},
             "orders": {text: order(text) for text in ORDERS},
             "folds": {f"{text} {extra}": fold(text, extra) for text, extra in FOLDS},
+            "groups": {str(ends): groups(ends) for ends in ENDS},
+            "group order": group_order(),
         },
         sys.stdout,
     )

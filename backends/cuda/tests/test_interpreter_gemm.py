@@ -41,6 +41,17 @@ def test_chunks_are_added_in_ascending_order(found):
         assert ascending, schedule
 
 
+def test_groups_are_found_on_the_device(found):
+    assert len(found["groups"]) == 5
+    assert not {ends: wrong for ends, wrong in found["groups"].items() if wrong != [0, 0]}
+
+
+def test_chunks_of_groups_are_added_in_ascending_order(found):
+    wrong, other_order = found["group order"]
+    assert wrong == 0
+    assert other_order > 100
+
+
 def test_chunks_that_stand_apart_are_added_in_ascending_order(found):
     assert len(found["folds"]) == 5
     for case, (wrong, other_order) in found["folds"].items():

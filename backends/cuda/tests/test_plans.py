@@ -20,7 +20,7 @@ from batch_invariant_cuda import (
     row_launch,
     softmax,
 )
-from batch_invariant_cuda.chunks import chunk_of
+from batch_invariant_cuda.chunks import DEPTHS, chunk_of, chunks_by_depth
 from batch_invariant_cuda.schedules import parse, read
 
 BF16 = torch.bfloat16
@@ -62,7 +62,7 @@ def test_tf32_is_part_of_the_plan_and_only_when_asked():
 
 
 def test_tf32_is_computed_by_tiles_alone(monkeypatch):
-    monkeypatch.setattr(matmul, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(matmul, "capability", lambda device: (9, 0))
     gpu = torch.device("cuda", 0)
     for m, n in ((1, 64), (64, 64), (8192, 8192)):
         p = problem.Problem(
@@ -149,7 +149,7 @@ def test_swapped_bulk_copies_refuse_results_beyond_32_bits():
 def test_a_tables_last_line_does_not_serve_what_it_cannot_compute(monkeypatch):
     table = read({"entries": {"bfloat16": {"64x70000": [[64, "tma 32x64x128 w4 s6 swap"]]}}}, "t")
     monkeypatch.setattr(matmul, "table_for", lambda capability: table)
-    monkeypatch.setattr(matmul, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(matmul, "capability", lambda device: (9, 0))
     monkeypatch.setattr(matmul, "programs", lambda device: 132)
     gpu = torch.device("cuda", 0)
     assert matmul.schedule_for(huge(64, 70_000), gpu).swap
@@ -231,3 +231,12 @@ def test_an_input_that_must_be_copied_makes_one_plan(monkeypatch):
         assert len(matmul._plans) == 1
     finally:
         matmul.forget()
+
+
+def test_a_kernel_that_learns_k_on_the_device_has_the_same_chunks():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n in (64, 1536, 1537, 14336):
+            few, some, many = chunks_by_depth(n, dtype)
+            for k in (1, 512, 2047, 2048, 2049, 8191, 8192, 8193, 65536):
+                want = few if k < DEPTHS[0] else some if k < DEPTHS[1] else many
+                assert chunk_of(k, n, dtype) == want, (k, n, dtype)

@@ -22,18 +22,21 @@ def adapted(
     fn: Callable[..., Any],
     order: Order | Mapping[torch.dtype, Order],
     guarantee: Guarantee = Guarantee.BATCH,
+    indices: tuple[int, ...] = (),
 ) -> Kernel:
     """A kernel that checks the call as the contract's shape function does, then calls `fn`.
 
     fn: takes the arguments of the schema with jax arrays for tensors, and `how` (interpret), and
         returns arrays of the contract's shapes and dtypes.
+    indices: places of arguments that are indices, not values.
     """
 
     @functools.wraps(fn)
     def kernel(*args: Any, **keywords: Any) -> Any:
-        _checked(op, args, keywords)
+        _checked(op, args, keywords, indices)
         if any(isinstance(value, torch.Tensor) for value in args):
             return torchtpu.run(op, fn, args, keywords)
+        _in_range(op, args, indices)
         return fn(*args, **keywords, how=interpreted())
 
     return Kernel(
@@ -45,6 +48,18 @@ def adapted(
     )
 
 
+def _in_range(op: str, args: tuple[Any, ...], indices: tuple[int, ...]) -> None:
+    """Raises IndexError for an index beyond the rows of the first argument."""
+    for place in indices:
+        if args[place].size:
+            least, most = int(args[place].min()), int(args[place].max())
+            if least < 0 or most >= args[0].shape[0]:
+                raise IndexError(
+                    f"{op}: index {least if least < 0 else most} is out of range for a table of "
+                    f"{args[0].shape[0]} rows"
+                )
+
+
 def _supports(op: str, *args: Any, **keywords: Any) -> str | None:
     for value in (*args, *keywords.values()):
         if isinstance(value, torch.dtype) and value not in DTYPES:
@@ -52,10 +67,13 @@ def _supports(op: str, *args: Any, **keywords: Any) -> str | None:
     return None
 
 
-def _checked(op: str, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _checked(
+    op: str, args: tuple[Any, ...], keywords: dict[str, Any], indices: tuple[int, ...]
+) -> None:
     """Raises what the contract's shape function raises, or `OpNotSupported` for a dtype."""
     meta = [_meta(value) for value in args]
-    floats = [m.dtype for m in meta if isinstance(m, torch.Tensor) and m.dtype != torch.bool]
+    values = [m for place, m in enumerate(meta) if place not in indices]
+    floats = [m.dtype for m in values if isinstance(m, torch.Tensor) and m.dtype != torch.bool]
     if strange := [str(dtype) for dtype in floats if dtype not in DTYPES]:
         raise OpNotSupported(f"{op} on TPU takes float32 and bfloat16; got {', '.join(strange)}")
     CONTRACTS[op].fake(*meta, **keywords)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ ORDER = undeclared(
 )
 
 
+@functools.partial(
+    jax.jit, static_argnames=("dropout_p", "is_causal", "scale", "enable_gqa", "how")
+)
 def _attention(
     query: jax.Array,
     key: jax.Array,

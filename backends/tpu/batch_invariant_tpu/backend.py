@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -13,7 +13,17 @@ from batch_invariant.backend import API_VERSION, Availability, Backend, Evidence
 from batch_invariant_tpu import route
 from batch_invariant_tpu.requirements import jax_problem, require_jax
 
-FAMILIES = ("matmul", "reduce", "softmax", "norm", "attention")
+FAMILIES = (
+    "matmul",
+    "reduce",
+    "softmax",
+    "norm",
+    "scan",
+    "attention",
+    "embedding",
+    "select",
+    "elementwise",
+)
 """Modules with a `KERNELS` table, named as in core."""
 
 
@@ -37,16 +47,20 @@ class TpuBackend(Backend):
         require_jax()
         return _kernels()
 
+    def aten_overrides(self) -> Mapping[str, Callable[..., Any]]:
+        """The elementwise functions; XLA's own may be fused with what stands beside them."""
+        from batch_invariant_tpu.elementwise import ATEN
+
+        kernels = self.kernels()
+
+        def of(name: str) -> Callable[..., Any]:
+            return lambda keyset, *args, **keywords: kernels[name].fn(*args, **keywords)
+
+        return {overload: of(name) for overload, name in ATEN.items()}
+
     def gaps(self) -> Sequence[Gap]:
         """What is not written for TPUs."""
-        from batch_invariant.ops import CONTRACTS
-
         return (
-            *(
-                Gap(op=name, check="kernel", reason="no kernel for TPU yet")
-                for name in CONTRACTS
-                if name not in self.kernels()
-            ),
             Gap(
                 dtype=torch.float16,
                 check="kernel",

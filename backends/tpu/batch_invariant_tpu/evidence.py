@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,37 @@ def _compiled(full: bool) -> dict[str, Any]:
 
 
 def _run(module: str, full: bool) -> dict[str, Any]:
+    """The report of one check; what it says meanwhile goes to standard error, as progress."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", module, "--report", str(report)]
-        try:
-            done = subprocess.run(
-                command + (["--full"] if full else []),
-                capture_output=True,
+        report, errors = Path(folder) / "report.json", Path(folder) / "errors"
+        with (
+            errors.open("w") as sink,
+            subprocess.Popen(
+                _command(module, report, full),
+                stdout=subprocess.PIPE,
+                stderr=sink,
                 text=True,
-                check=False,
-                timeout=_TIMEOUT,
-            )
-        except subprocess.TimeoutExpired:
+            ) as running,
+        ):
+            late = threading.Timer(_TIMEOUT, running.kill)
+            late.start()
+            for line in running.stdout or ():
+                sys.stderr.write(f"{module.split('.')[-1]}: {line}")
+            code = running.wait()
+            in_time = late.is_alive()
+            late.cancel()
+        if report.exists():
+            found: dict[str, Any] = json.loads(report.read_text())
+            return found
+        if not in_time:
             return {"holds": False, "error": f"{module} took longer than {_TIMEOUT} s"}
-        if not report.exists():
-            last = done.stderr.strip()[-400:]
-            return {"holds": False, "error": f"{module} ended with {done.returncode}: {last}"}
-        found: dict[str, Any] = json.loads(report.read_text())
-        return found
+        last = errors.read_text().strip()[-400:]
+        return {"holds": False, "error": f"{module} ended with {code}: {last}"}
+
+
+def _command(module: str, report: Path, full: bool) -> list[str]:
+    command = [sys.executable, "-m", module, "--report", str(report)]
+    return command + (["--full"] if full else [])
 
 
 def _what(entry: dict[str, Any]) -> str:

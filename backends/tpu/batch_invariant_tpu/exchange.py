@@ -17,9 +17,17 @@ _CARRIED = (*DTYPES, torch.float16, torch.bool, torch.int32)
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
-    """A copy of a CPU tensor where jax computes: its TPU if there is one, else the CPU."""
+    """A copy of a CPU tensor where jax computes: its TPU if there is one, else the CPU.
+
+    int64, torch's dtype of indices, becomes jax's int32 if the values fit.
+    """
+    if tensor.dtype == torch.int64:
+        narrow = tensor.to(torch.int32)
+        if not torch.equal(narrow.to(torch.int64), tensor):
+            raise OpNotSupported("the TPU backend takes indices below 2^31, and one is larger")
+        tensor = narrow
     if tensor.dtype not in _CARRIED:
-        # jax would narrow 64-bit numbers without a word.
+        # jax would narrow float64 without a word.
         raise OpNotSupported(f"the TPU backend takes float32 and bfloat16; got {tensor.dtype}")
     tensor = tensor.detach().contiguous()
     if not tensor.numel():
@@ -30,12 +38,17 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
 
 def to_torch(array: jax.Array) -> torch.Tensor:
-    """A CPU tensor with the values of an array, in memory of its own."""
+    """A CPU tensor with the values of an array, in memory of its own; int32 becomes int64."""
     if not array.size:
-        return torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)))
+        return widened(torch.empty(array.shape, dtype=getattr(torch, str(array.dtype))))
     here = jax.device_put(array, jax.devices("cpu")[0])
     tensor: torch.Tensor = torch.from_dlpack(here)
-    return tensor.clone()
+    return widened(tensor.clone())
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Indices in torch's dtype; anything else as it is."""
+    return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
 
 
 def dtype_of(dtype: torch.dtype) -> Any:

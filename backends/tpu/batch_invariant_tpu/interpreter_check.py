@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from batch_invariant.errors import BatchInvariantError
 from batch_invariant_tpu import jax as bi
+from batch_invariant_tpu.processes import JOBS, spread
 
 MODES = ("plain", "memory", "races")
 ROWS = 16
@@ -78,6 +80,12 @@ def kernels(dtype: str, mode: str) -> dict[str, Run]:
     wide = jnp.float32
     return {
         "matmul": lambda x: bi.matmul(x, w, dtype=wide, interpret=how),
+        "matmul, batched": lambda x: bi.matmul(
+            x[:, None, :600],
+            jnp.broadcast_to(w[:600], (len(x), 600, N)),
+            dtype=wide,
+            interpret=how,
+        )[:, 0],
         "linear, bias": lambda x: bi.linear(x, w.T, bias, dtype=wide, interpret=how),
         "rms_norm": lambda x: bi.rms_norm(x, scale, interpret=how),
         "rms_norm, residual": lambda x: jnp.concatenate(
@@ -133,34 +141,64 @@ def broken(fn: Run, x: np.ndarray) -> list[str]:
     return found
 
 
-def check(
+CONTROL = "control: block of K taken from M"
+
+Task = tuple[str, str, str]
+"""dtype, mode and kernel; the control by its name, in the plain mode."""
+
+
+def tasks(
     modes: Sequence[str] = MODES,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     only: Sequence[str] = (),
-    report: Callable[[str, bool, str], None] = lambda *what: None,
-) -> dict[str, Any]:
-    """Every kernel under every variation of the batch; the findings as JSON values."""
-    found: list[dict[str, Any]] = []
+) -> list[Task]:
+    """All that is interpreted; with `only` these kernels, and the controls."""
+    found: list[Task] = []
     for dtype in dtypes:
-        x = inputs(dtype)
-        for mode in modes:
-            for name, fn in kernels(dtype, mode).items():
-                if only and name not in only:
-                    continue
-                faults, said = _run(fn, x)
-                if "RACE" in said.upper():
-                    faults.append("the interpreter reports a race")
-                found.append({"dtype": dtype, "mode": mode, "kernel": name, "faults": faults})
-                report(f"{mode:6} {dtype:9} {name}", not faults, "; ".join(faults))
-        varies = bool(broken(control(dtype), x))
-        faults = [] if varies else ["does not vary: the comparison is blind"]
-        found.append({"dtype": dtype, "control": "block of K taken from M", "faults": faults})
-        report(f"{dtype:9} control: block of K taken from M", varies, "found to vary")
+        found += [
+            (dtype, mode, name)
+            for mode in modes
+            for name in kernels(dtype, mode)
+            if not only or name in only
+        ]
+        found.append((dtype, "plain", CONTROL))
+    return found
+
+
+def check(
+    todo: Sequence[Task],
+    report: Callable[[str, bool, str], None] = lambda *what: None,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Every kernel under every variation of the batch; the findings as JSON values.
+
+    jobs: processes; one is this one.
+    """
+    found: list[dict[str, Any]] = []
+    each = map(_found, todo) if jobs == 1 else spread(_found, todo, jobs, on_cpu)
+    for (dtype, mode, name), faults in zip(todo, each, strict=True):
+        found.append({"dtype": dtype, "mode": mode, "kernel": name, "faults": faults})
+        report(f"{mode:6} {dtype:9} {name}", not faults, "; ".join(faults))
     return {
         "variations": [name for name, *_ in variations(inputs("float32"))],
         "checks": found,
         "holds": bool(found) and not any(entry["faults"] for entry in found),
     }
+
+
+def on_cpu() -> None:
+    """Nothing here looks for a TPU."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _found(task: Task) -> list[str]:
+    dtype, mode, name = task
+    x = inputs(dtype)
+    if name == CONTROL:
+        varies = broken(control(dtype), x)
+        return [] if varies else ["does not vary: the comparison is blind"]
+    faults, said = _run(kernels(dtype, mode)[name], x)
+    return [*faults, "the interpreter reports a race"] if "RACE" in said.upper() else faults
 
 
 def _run(fn: Run, x: np.ndarray) -> tuple[list[str], str]:
@@ -178,13 +216,16 @@ def main() -> int:
     """0 if everything holds, else 1."""
     parser = argparse.ArgumentParser(prog="python -m batch_invariant_tpu.interpreter_check")
     parser.add_argument("--full", action="store_true", help="bfloat16 in the slow modes too")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="processes (default: %(default)s)")
     parser.add_argument("--report", type=Path, metavar="PATH", help="write the findings as JSON")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    if args.full:
-        found = check(report=_say)
-    else:
-        found = check(modes=("memory", "races"), dtypes=("float32",), report=_say)
+    on_cpu()
+    todo = tasks() if args.full else tasks(("memory", "races"), ("float32",))
+    try:
+        found = check(todo, _say, args.jobs)
+    except BatchInvariantError as error:
+        sys.stderr.write(f"interpreter check: {error}\n")
+        return 1
     if args.report:
         args.report.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if found["holds"] else 1

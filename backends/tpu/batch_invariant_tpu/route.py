@@ -30,8 +30,8 @@ def torchax_problem() -> str | None:
     return (
         "torchax is loaded in this process. It names torch's out-of-tree device 'jax', and its "
         "operators are looked up before torch's dispatcher, where this backend overrides them: "
-        "linear would slip past. Call batch_invariant_tpu.jax from a torchax op "
-        "(torchax.interop.torch_view) instead"
+        "linear would slip past. (Its release 0.0.13 cannot even be imported beside torch 2.13.) "
+        "Call batch_invariant_tpu.jax from a torchax op (torchax.interop.torch_view) instead"
     )
 
 

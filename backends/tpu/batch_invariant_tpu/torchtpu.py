@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from batch_invariant.errors import BackendUnavailable
+from batch_invariant_tpu.exchange import widened
 
 _count = itertools.count()
 
@@ -31,7 +32,11 @@ def run(op: str, fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[s
         )
     spots = tuple(_TENSOR if isinstance(value, torch.Tensor) else _frozen(value) for value in args)
     bound = tuple((name, _frozen(value)) for name, value in sorted(keywords.items()))
-    return _operator(op, fn, spots, bound)(*tensors)
+    given = [t.to(torch.int32) if t.dtype == torch.int64 else t for t in tensors]  # indices
+    out = _operator(op, fn, spots, bound)(*given)
+    if isinstance(out, torch.Tensor):
+        return widened(out)
+    return tuple(widened(t) for t in out)
 
 
 class _Tensor:

@@ -77,6 +77,11 @@ def test_arithmetic_beside_the_kernel_is_seen(line: str, found: list[str]) -> No
     assert foreign_arithmetic(shapes + CALL + line + "\n") == found
 
 
+def test_an_operator_of_two_kernels() -> None:
+    assert foreign_arithmetic(CALL + CALL, kernels=2) == []
+    assert foreign_arithmetic(CALL, kernels=2) == ["1 kernels"]
+
+
 def test_an_unknown_generation(tmp_path) -> None:
     with pytest.raises(ConfigurationError, match="unknown TPU generation 'v99'; known: v4, v5e"):
         Compiler("v99", tmp_path)

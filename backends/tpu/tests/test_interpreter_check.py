@@ -55,7 +55,9 @@ def test_memory_that_nobody_wrote_is_nan() -> None:
 
 
 def test_the_check_holds_where_kernels_do() -> None:
-    found = interpreter_check.check(("memory", "races"), ("float32",), ("sum",))
+    todo = interpreter_check.tasks(("memory", "races"), ("float32",), ("sum",))
+    assert [name for *_, name in todo] == ["sum", "sum", interpreter_check.CONTROL]
+    found = interpreter_check.check(todo)
     assert [entry["faults"] for entry in found["checks"]] == [[]] * 3
     assert found["holds"]
 
@@ -63,9 +65,16 @@ def test_the_check_holds_where_kernels_do() -> None:
 def test_a_kernel_that_looks_at_its_neighbours_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = {"bad": lambda x: x + 0 * x.sum()}
     monkeypatch.setattr(interpreter_check, "kernels", lambda dtype, mode: bad)
-    found = interpreter_check.check(("plain",), ("float32",))
+    found = interpreter_check.check([("float32", "plain", "bad")])
     assert not found["holds"]
     assert any("neighbours NaN" in fault for fault in found["checks"][0]["faults"])
+
+
+def test_a_control_that_does_not_vary_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter_check, "control", lambda dtype: lambda x: x)
+    found = interpreter_check.check([("float32", "plain", interpreter_check.CONTROL)])
+    assert not found["holds"]
+    assert "blind" in found["checks"][0]["faults"][0]
 
 
 def test_a_kernel_that_stops_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,5 +82,5 @@ def test_a_kernel_that_stops_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None
         raise ValueError("read out of bounds")
 
     monkeypatch.setattr(interpreter_check, "kernels", lambda dtype, mode: {"bad": stops})
-    found = interpreter_check.check(("plain",), ("float32",))
+    found = interpreter_check.check([("float32", "plain", "bad")])
     assert found["checks"][0]["faults"] == ["ValueError: read out of bounds"]

@@ -139,10 +139,12 @@ def _backends(report: dict[str, Any]) -> None:
             "remedy": available.remedy,
             "selected_for": chosen.get(name),
             "ops": {},
+            "notes": [],
         }
         if available.ok:
             try:
                 entry["ops"] = _kernels(registry.load(name))
+                entry["notes"] = list(registry.load(name).notes())
             except Exception as error:  # a plugin is wrong; the report is of the others too
                 who = f"{registry.distribution(name)} does not list its kernels"
                 entry.update(ok=False, reason=f"{who}: {type(error).__name__}: {error}")
@@ -162,7 +164,7 @@ def _kernels(backend: Any) -> dict[str, Any]:
                 "guarantee": str(kernel.guarantee),
                 "order": str(kernel.order_of(dtype)),
                 "portable": dtype in kernel.portable,
-                **({"source": kernel.source} if kernel.source else {}),
+                **({"source": source} if (source := kernel.source_of(dtype)) else {}),
                 **({"better": list(kernel.better)} if kernel.better else {}),
             }
             for dtype in CONTRACTS[op].dtypes
@@ -205,6 +207,7 @@ def _backend_lines(backend: dict[str, Any], threads: int | None) -> list[Line]:
         mark = ", portable" if portable else ""
         lines.append(f"        {guarantee}{mark}: {order}" + (f" ({source})" if source else ""))
         lines.append(f"            {', '.join(names)}")
+    lines += [f"        {note}" for note in backend["notes"]]
     better = {
         b: None for op in ops.values() for entry in op.values() for b in entry.get("better", ())
     }

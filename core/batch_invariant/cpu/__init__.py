@@ -51,9 +51,11 @@ def _kernels() -> dict[str, Kernel]:
         attention,
         elementwise,
         embedding,
+        grouped,
         matmul,
         norm,
         reduce,
+        sample,
         scan,
         select,
         softmax,
@@ -61,8 +63,8 @@ def _kernels() -> dict[str, Kernel]:
     )
 
     families = (
-        *(matmul, softmax, reduce, scan, norm, attention, varlen_attention),
-        *(embedding, select, elementwise),
+        *(matmul, grouped, softmax, reduce, scan, norm, attention, varlen_attention),
+        *(embedding, select, elementwise, sample),
     )
     return {name: kernel for family in families for name, kernel in family.KERNELS.items()}
 

@@ -29,6 +29,8 @@ _SIGNATURES = {
     "bi_row_cumsum": "iillplpli",
     "bi_row_topk": "iilllplppi",
     "bi_row_argmax": "iillplpi",
+    "bi_row_sample": "illpppppppi",
+    "bi_sample_weights": "illpppi",
     "bi_column_reduce": "iiilllpllpi",
     "bi_column_var": "iiilllplldppi",
     "bi_column_cumsum": "iilllpllpi",
@@ -258,4 +260,33 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     rows, n = x.shape
     out = torch.empty(rows, dtype=torch.int64)
     _call("bi_row_argmax", LARGEST, _code(x.dtype), rows, n, x.data_ptr(), n, out.data_ptr())
+    return out
+
+
+def sample(
+    x: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    min_p: torch.Tensor | None,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """The column that each row of a contiguous matrix draws; keep: [rows, n] of bool."""
+    rows, n = x.shape
+    out = torch.empty(rows, dtype=torch.int64)
+    # Held by name: the addresses are those of copies where the rows are not dense.
+    dense = [t.contiguous() for t in (seeds, positions, temperature)]
+    least = None if min_p is None else min_p.contiguous()
+    where = (*(t.data_ptr() for t in dense), _address(least), _address(keep))
+    _call("bi_row_sample", _code(x.dtype), rows, n, x.data_ptr(), *where, out.data_ptr())
+    return out
+
+
+def sample_weights(x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """exp((x - first) / temperature) in units of 2^-40 for rows whose first element is the top."""
+    rows, n = x.shape
+    out = torch.empty(rows, n, dtype=torch.int64)
+    heat = temperature.contiguous()
+    where = (x.data_ptr(), heat.data_ptr(), out.data_ptr())
+    _call("bi_sample_weights", _code(x.dtype), rows, n, *where)
     return out

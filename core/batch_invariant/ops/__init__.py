@@ -10,9 +10,11 @@ from batch_invariant.ops import (
     attention,
     elementwise,
     embedding,
+    grouped,
     matmul,
     norm,
     reduce,
+    sample,
     scan,
     select,
     softmax,
@@ -21,14 +23,12 @@ from batch_invariant.ops import (
 from batch_invariant.ops.contract import Op
 from batch_invariant.ops.register import define
 
-CONTRACTS: dict[str, Op] = {
-    op.name: op
-    for family in (
-        *(matmul, softmax, reduce, scan, norm, attention, varlen_attention),
-        *(embedding, select, elementwise),
-    )
-    for op in family.OPS
-}
+FAMILIES = (
+    *(matmul, grouped, softmax, reduce, scan, norm, attention, varlen_attention),
+    *(embedding, select, elementwise, sample),
+)
+
+CONTRACTS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.OPS}
 """Every contract by operator name."""
 
 define(CONTRACTS.values())

@@ -13,9 +13,10 @@ X = torch.randn(9, 260, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 def test_each_operator_has_its_own_tier(mode: None) -> None:
     kernels = bi.current_backend("npu").kernels()
-    tiers = {name: kernel.source[0] for name, kernel in kernels.items()}
+    tiers = {name: kernel.source_of(torch.bfloat16)[0] for name, kernel in kernels.items()}
     assert tiers["mm"] == tiers["linear"] == tiers["sum"] == tiers["log_softmax"] == "B"
     assert tiers["softmax"] == "B"  # composed on AscendC's sum: it has no softmax
+    assert tiers["scaled_dot_product_attention"] == "B"
     assert tiers["cumsum"] == "D"
     assert any("A needs CANN >= 9.2.0" in reason for reason in kernels["mm"].better)
 

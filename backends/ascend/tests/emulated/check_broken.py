@@ -23,6 +23,17 @@ def test_products_that_vary_are_passed_over(mode: None) -> None:
     assert "npu_mm_batch_invariant" not in fakes.called
 
 
+def test_attention_that_varies_is_passed_over(mode: None) -> None:
+    kernel = bi.current_backend("npu").kernels()["scaled_dot_product_attention"]
+    assert kernel.source == "D: composed of elementwise operators"
+    reasons = [reason for reason in kernel.better if "scaled_dot_product_attention" in reason]
+    assert len(reasons) == 1
+    assert reasons[0].startswith("B is not batch-invariant on this device")
+    q = X[:, :256].view(9, 1, 4, 64).bfloat16().npu()
+    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert not [name for name in fakes.called if "attention" in name]
+
+
 def test_an_elementwise_kernel_that_varies_is_refused(mode: None) -> None:
     backend = bi.current_backend("npu")
     assert "silu" not in backend.kernels()

@@ -18,7 +18,8 @@ X = torch.randn(9, 260, generator=torch.Generator().manual_seed(1))
 
 def test_tier_a_is_chosen_and_runs_the_vendors_kernels(mode: None) -> None:
     kernels = bi.current_backend("npu").kernels()
-    assert {kernels[n].source[0] for n in ("mm", "sum", "softmax", "rms_norm")} == {"A"}
+    names = ("mm", "sum", "softmax", "rms_norm", "scaled_dot_product_attention")
+    assert {kernels[n].source_of(torch.bfloat16)[0] for n in names} == {"A"}
     assert {str(kernels[n].guarantee) for n in ("mm", "sum", "softmax")} == {"batch"}
     assert npu.level == 3
     x = X.npu()

@@ -1,9 +1,9 @@
 """The pytest plugin of the tests on the emulated device: `-p emulated_npu --npu=SCENE`.
 
 plain: CANN before 9.2, nothing else. level3: CANN 9.2. ascendc: the AscendC package. broken: an
-AscendC package whose products depend on the batch, and kernels of silu and exp that depend on the
-place. triton: triton-ascend, which is upstream's interpreter under its name. Each is a process of
-its own.
+AscendC package whose products and attention depend on the batch, and kernels of silu and exp that
+depend on the place. triton: triton-ascend, which is upstream's interpreter under its name. Each is
+a process of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         fakes.install_triton_ascend(config)
     if scene == "broken":
         fakes.broken.add("npu_mm_batch_invariant")
+        fakes.broken.add("npu_fused_infer_attention_score_batch_invariant")
         npu_kernels.places_differ.update(("silu", "exp"))
 
 

@@ -11,10 +11,14 @@ import importlib.machinery
 import os
 import sys
 import types
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from batch_invariant_ascend.fused_attention import RENAMED, is_given
 from batch_invariant_ascend.schemas import SCHEMAS
 from npu_device import npu, on_cpu, on_npu
 from npu_kernels import KEY, libraries
@@ -44,6 +48,11 @@ _ASCENDC = (
     "npu_matmul_batch_invariant(Tensor self, Tensor other) -> Tensor",
     "npu_reduce_sum_batch_invariant(Tensor self, int dim, bool keepdim=False) -> Tensor",
     "npu_log_softmax_batch_invariant(Tensor self, int dim) -> Tensor",
+    *(
+        schema.replace("score(", "score_batch_invariant(", 1)
+        for schema in SCHEMAS
+        if schema.startswith("npu_fused_infer_attention_score(")
+    ),
 )
 """Inferred from callers: the package's own schemas are not public."""
 
@@ -89,12 +98,101 @@ def _v2(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Tensor:
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
-    """The queries, and the number of sequences: enough to see how a call was cut."""
-    lengths = keywords.get("actual_seq_lengths") or keywords.get("actual_seq_qlen") or [1]
-    out = on_cpu(query).clone()
+    """Attention within the limits of the vendor's documentation; variant below level 3."""
+    out, lse = _attention(*(on_cpu(t) for t in (query, key, value)), **keywords)
     if npu.level < 3:
-        out = _varied(out, len(lengths))
-    return on_npu(out), on_npu(torch.empty(0))
+        out = _varied(out, len(keywords.get("actual_seq_lengths") or query))
+    return on_npu(out), on_npu(lse)
+
+
+def _fused_attention_v2(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
+    return _fused_attention(
+        query, key, value, **{RENAMED.get(name, name): given for name, given in keywords.items()}
+    )
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_heads: int = 1,
+    num_key_value_heads: int = 0,
+    scale: float = 1.0,
+    input_layout: str = "BSH",
+    sparse_mode: int = 0,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Sequence[int] | None = None,
+    actual_seq_lengths_kv: Sequence[int] | None = None,
+    softmax_lse_flag: bool = False,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """What the vendor's kernel takes of CPU tensors [B, N, S, D] and [T, N, D], and refuses."""
+    contiguous = all(t.is_contiguous() for t in (query, key, value))
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if not contiguous or not half or key.shape != value.shape or query.size(-1) % 16:
+        raise RuntimeError("AclNN_Parameter_Error(EZ1001): query, key or value")
+    if given := sorted(name for name, value_ in others.items() if is_given(value_)):
+        unlimited = {"pre_tokens", "next_tokens"}
+        if set(given) - unlimited:
+            raise AssertionError(f"the fake does not know {given}")
+    if input_layout == "TND":
+        ends, key_ends = [0, *actual_seq_lengths], [0, *actual_seq_lengths_kv]
+        spans = zip(pairwise(ends), pairwise(key_ends), strict=True)
+        parts = [
+            [t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d])]
+            for (a, b), (c, d) in spans
+        ]
+    elif input_layout == "BNSD":
+        parts = [[query, key, value]]
+    else:
+        raise AssertionError(f"the fake does not know {input_layout}")
+    outs, sums = zip(
+        *(
+            _one(*part, num_heads, num_key_value_heads or num_heads, scale, sparse_mode, atten_mask)
+            for part in parts
+        ),
+        strict=True,
+    )
+    if input_layout == "TND":
+        outs, sums = ([t[0].transpose(0, 1) for t in ts] for ts in (outs, sums))
+    lse = torch.cat(sums)[..., None] if softmax_lse_flag else torch.zeros(1)
+    return torch.cat(outs).contiguous(), lse.contiguous()
+
+
+def _one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    sparse_mode: int,
+    atten_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if (q.size(1), k.size(1)) != (heads, kv_heads):
+        raise RuntimeError("AclNN_Parameter_Error(EZ1001): num_heads, num_key_value_heads")
+    keep = None if atten_mask is None else ~on_cpu(atten_mask).bool()
+    if sparse_mode in (2, 3):
+        if keep is None or keep.shape != (2048, 2048):
+            raise RuntimeError("AclNN_Parameter_Error(EZ1001): atten_mask is not 2048 x 2048")
+        length, keys = q.size(2), k.size(2)
+        keep = torch.ones(length, keys, dtype=torch.bool).tril(
+            keys - length if sparse_mode == 3 else 0
+        )
+    elif sparse_mode:
+        raise AssertionError(f"the fake does not know sparse_mode={sparse_mode}")
+    fn = _cpu_kernels()["scaled_dot_product_attention"].fn
+    out, lse = fn(q, k, v, keep, scale=scale, enable_gqa=heads != kv_heads)
+    return out.contiguous(), lse
+
+
+@cache
+def _cpu_kernels() -> Any:
+    """Of the CPU backend, whichever a test has selected."""
+    from batch_invariant.cpu import CpuBackend
+
+    return CpuBackend().kernels()
 
 
 def _swiglu(x: Tensor, dim: int = -1) -> Tensor:
@@ -112,7 +210,7 @@ _KERNELS: dict[str, Any] = {
     ],
     "npu_format_cast": lambda x, f, **k: x.clone(),
     "npu_fused_infer_attention_score": _fused_attention,
-    "npu_fused_infer_attention_score_v2": _fused_attention,
+    "npu_fused_infer_attention_score_v2": _fused_attention_v2,
     "npu_swiglu": _swiglu,
     "npu_transpose": lambda x, perm, require_contiguous=True: x.permute(perm).contiguous(),
     "get_npu_format": lambda x: formats.get(x.data_ptr(), 2),
@@ -208,24 +306,26 @@ def _on_cpu(fn: Any) -> Any:
 
 
 def _ascendc(name: str) -> Any:
-    ours = torch.ops.batch_invariant
+    ours = {op: kernel.fn for op, kernel in _cpu_kernels().items()}
 
     def compute(x: Tensor, *rest: Any) -> Tensor:
         if name == "npu_mm_batch_invariant":
-            return ours.mm.default(x, rest[0])
+            return ours["mm"](x, rest[0])
         if name == "npu_matmul_batch_invariant":
-            from batch_invariant.ops.matmul import matmul
-
-            return matmul(x, rest[0])
+            return ours["bmm"](x, rest[0])
         if rest[0] not in (-1, x.dim() - 1):
             raise RuntimeError("AclNN_Parameter_Error(EZ1001): dim only supports the last dim")
         if name == "npu_log_softmax_batch_invariant":
-            return ours.log_softmax.default(x, rest[0], None)
-        return ours.sum.default(x, [rest[0]], bool(rest[1:] and rest[1]))
+            return ours["log_softmax"](x, rest[0], None)
+        return ours["sum"](x, [rest[0]], bool(rest[1:] and rest[1]))
 
     def run(x: Tensor, *rest: Any) -> Tensor:
         other = [on_cpu(r) if isinstance(r, Tensor) else r for r in rest]
         out = compute(on_cpu(x), *other)
         return on_npu(_varied(out, x.size(0)) if name in broken else out)
 
-    return run
+    def attention(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
+        out, lse = _attention(*(on_cpu(t) for t in (query, key, value)), **keywords)
+        return on_npu(_varied(out, len(query)) if name in broken else out), on_npu(lse)
+
+    return attention if "attention" in name else run

@@ -20,7 +20,16 @@ import batch_invariant as bi
 import npu_kernels
 import npu_memory
 from batch_invariant import mode as modes
-from batch_invariant_ascend import aten, npu_attention, npu_matmul, npu_norm, npu_operators
+from batch_invariant.cpu import CpuBackend
+from batch_invariant_ascend import (
+    aten,
+    fused_attention,
+    npu_attention,
+    npu_matmul,
+    npu_norm,
+    npu_operators,
+    tiers,
+)
 from batch_invariant_ascend.admission import same_bits
 from batch_invariant_ascend.schemas import SCHEMAS
 
@@ -299,6 +308,77 @@ def test_attention_by_both_versions() -> None:
         )
     assert same_bits(one.cpu(), two.cpu())
     assert same_bits(one.cpu(), outs[0].cpu())
+
+
+SDPA = {
+    "prefill": (7, {"is_causal": True}),
+    "decode": (1, {}),
+    "masked": (7, {"attn_mask": (torch.arange(12) % 3 != 1).expand(7, 12)}),
+}
+
+
+@pytest.mark.parametrize("name", SDPA)
+def test_sdpa_is_called_as_the_fused_kernel_wants_it(name: str) -> None:
+    """By torch_npu's own schema, and its own idea of the results' shapes and dtypes."""
+    length, words = SDPA[name]
+    for dtype in fused_attention.DTYPES:
+        q = torch.empty(3, 4, length, 32, dtype=dtype, device="meta")
+        k = torch.empty(3, 2, 12, 32, dtype=dtype, device="meta")
+        mask = words.get("attn_mask")
+        keep = None if mask is None else mask.expand(3, 1, length, 12).to("meta")
+        out, lse = fused_attention.attend(
+            torch.ops.npu.npu_fused_infer_attention_score, q, k, k, keep, name == "prefill", 0.5
+        )
+        assert (out.shape, out.dtype) == (q.shape, dtype)
+        assert (lse.shape, lse.dtype) == (q.shape[:-1], torch.float32)
+    with pytest.raises(RuntimeError, match="atten_masks"):  # the control: a name that it has not
+        torch.ops.npu.npu_fused_infer_attention_score(q, k, k, atten_masks=keep)
+
+
+@pytest.mark.parametrize("name", SDPA)
+def test_sdpa_reaches_the_wheels_kernel_past_our_override(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tier A, which the stub of CANN refuses, with a CPU kernel in the place of torch_npu's."""
+    called = []
+    attention = CpuBackend().kernels()["scaled_dot_product_attention"].fn
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, **words: Any) -> tuple[Tensor, Tensor]:
+        called.append(words)
+        mask = words.get("atten_mask")
+        if words.get("sparse_mode") == 2:
+            keep = torch.ones(query.size(2), key.size(2), dtype=torch.bool).tril()
+        else:
+            keep = None if mask is None else ~npu_memory.on_cpu(mask)
+        tensors = [npu_memory.on_cpu(t) for t in (query, key, value)]
+        out, lse = attention(*tensors, keep, scale=words["scale"], enable_gqa=True)
+        return npu_memory.on_npu(out.contiguous()), npu_memory.on_npu(lse[..., None].contiguous())
+
+    length, words = SDPA[name]
+    words = {**words, "enable_gqa": True}
+    q, k = (
+        torch.randn(*s, generator=_generator).half() for s in ((3, 4, length, 32), (3, 2, 12, 32))
+    )
+    npu_words = {n: w.npu() if isinstance(w, Tensor) else w for n, w in words.items()}
+    library = torch.library.Library("npu", "IMPL")
+    library.impl("npu_fused_infer_attention_score", kernel, KEY, allow_override=True)
+    try:
+        for check in ("need_level_3", "check_level_3"):
+            monkeypatch.setattr(fused_attention, check, lambda: None)
+        chosen = tiers.Choice(tiers.Tier.A, fused_attention.native(""), ())
+        monkeypatch.setattr(fused_attention, "choice", lambda: chosen)
+        with bi.enabled():
+            assert "mode.py" in _keys_of("npu::npu_fused_infer_attention_score")
+            leaves = [t.npu().requires_grad_() for t in (q, k, k)]
+            out = F.scaled_dot_product_attention(*leaves, **npu_words)
+            out.float().sum().backward()
+    finally:
+        library._destroy()
+    exact = F.scaled_dot_product_attention(*(t.double() for t in (q, k, k)), **words)
+    torch.testing.assert_close(out.detach().cpu().double(), exact, rtol=2**-9, atol=2**-9)
+    assert len(called) == 1
+    assert leaves[0].grad is not None
+    assert (called[0]["num_heads"], called[0]["num_key_value_heads"]) == (4, 2)
 
 
 def test_switches_of_the_real_package(monkeypatch: pytest.MonkeyPatch) -> None:

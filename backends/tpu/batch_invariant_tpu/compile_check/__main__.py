@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
-from batch_invariant.errors import BatchInvariantError, ConfigurationError
-from batch_invariant_tpu.compile_check.compiler import TOPOLOGIES, environment
+from batch_invariant.errors import BatchInvariantError
+from batch_invariant_tpu.compile_check.compiler import TOPOLOGIES
+from batch_invariant_tpu.processes import JOBS
 from batch_invariant_tpu.requirements import libtpu_problem
 
 
@@ -25,39 +25,35 @@ def main() -> int:
     parser.add_argument("--batches", default="1,8,256,1024", help="sizes of the batch")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this")
     parser.add_argument("--report", type=Path, metavar="PATH", help="write the findings as JSON")
+    parser.add_argument(
+        "--jobs", type=int, default=JOBS, help="processes that compile (default: %(default)s)"
+    )
     args = parser.parse_args()
     if (problem := libtpu_problem()) is not None:
         sys.stderr.write(f"compile check: {problem[0]}; {problem[1]}\n")
         return 1
-    with tempfile.TemporaryDirectory() as scratch:
-        dumps = Path(scratch)
-        for name in ("mosaic", "llo"):
-            (dumps / name).mkdir()
-        os.environ.update(environment(dumps))
-        from batch_invariant_tpu.compile_check import check
+    if unknown := sorted(set(args.generation) - set(TOPOLOGIES)):
+        sys.stderr.write(
+            f"compile check: unknown TPU generation {', '.join(unknown)}; known: "
+            f"{', '.join(TOPOLOGIES)}\n"
+        )
+        return 2
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from batch_invariant_tpu.compile_check import check
 
-        if unknown := sorted(set(args.generation) - set(TOPOLOGIES)):
-            sys.stderr.write(
-                f"compile check: unknown TPU generation {', '.join(unknown)}; known: "
-                f"{', '.join(TOPOLOGIES)}\n"
-            )
-            return 2
-        try:
-            found = check.check(
-                args.generation or (check.FULL if args.full else check.QUICK),
-                args.dtype or check.DTYPES,
-                [int(size) for size in args.batches.split(",")],
-                dumps,
-                _say,
-                full=args.full,
-                only=args.only,
-            )
-        except ConfigurationError as error:
-            sys.stderr.write(f"compile check: {error}\n")
-            return 2
-        except BatchInvariantError as error:
-            sys.stderr.write(f"compile check: {error}\n")
-            return 1
+    try:
+        found = check.check(
+            args.generation or (check.FULL if args.full else check.QUICK),
+            args.dtype or check.DTYPES,
+            [int(size) for size in args.batches.split(",")],
+            _say,
+            full=args.full,
+            only=args.only,
+            jobs=args.jobs,
+        )
+    except BatchInvariantError as error:
+        sys.stderr.write(f"compile check: {error}\n")
+        return 1
     if args.report:
         args.report.write_text(json.dumps(found, indent=1) + "\n")
     good = sum(not entry["faults"] for entry in found["checks"])

@@ -15,8 +15,9 @@ class Case:
 
     fn: a function of arrays that is one kernel. shapes: of its arrays, from the batch.
     batch_axes: of the kernel's grid, those that follow the batch.
-    flops, moved: from the batch, the arithmetic of the operator and the bytes that it must read and
-        write at least; what of both padding adds is not in them.
+    flops: from the batch, the arithmetic of the operator; what padding adds is not in it.
+    plain: jax's own operator.
+    kernels: how many kernels `fn` is.
     """
 
     name: str
@@ -25,12 +26,15 @@ class Case:
     batch_axes: Sequence[int]
     flops: Callable[[int], float]
     plain: Callable[..., Any]
+    kernels: int = 1
 
 
 def cases(generation: str, dtype: str, full: bool) -> Iterator[Case]:
     """The cases of one generation and dtype; `full`: more shapes."""
     yield from _products(generation, dtype, full)
     yield from _rows(dtype, full)
+    yield from _channels(dtype)
+    yield from _elementwise(dtype)
     yield from _attention(dtype)
 
 
@@ -105,6 +109,24 @@ def _rows(dtype: str, full: bool) -> Iterator[Case]:
         ("logsumexp 4096", bi.logsumexp, lambda x: jax.nn.logsumexp(x, -1), []),
         ("sum 4096", bi.sum, lambda x: jnp.sum(x, -1), []),
         (f"mean {long}", bi.mean, lambda x: jnp.mean(x, -1), []),
+        ("prod 4096", bi.prod, lambda x: jnp.prod(x, -1), []),
+        ("var 4096", bi.var, lambda x: jnp.var(x, -1, ddof=1), []),
+        ("std 4096", bi.std, lambda x: jnp.std(x, -1, ddof=1), []),
+        ("norm 4096", bi.norm, lambda x: jnp.linalg.norm(x, axis=-1), []),
+        ("norm 4096, of order 3", lambda x: bi.norm(x, 3), lambda x: jnp.sum(abs(x) ** 3, -1), []),
+        ("cumsum 4096", bi.cumsum, lambda x: jnp.cumsum(x, -1), []),
+        (
+            "softmax_backward 4096",
+            bi.softmax_backward,
+            lambda g, y: y * (g - jnp.sum(g * y, -1, keepdims=True)),
+            [(0, 4096)],
+        ),
+        (
+            "log_softmax_backward 4096",
+            bi.log_softmax_backward,
+            lambda g, y: g - jnp.exp(y) * jnp.sum(g, -1, keepdims=True),
+            [(0, 4096)],
+        ),
     ]
     if full:
         table += [
@@ -125,6 +147,59 @@ def _rows(dtype: str, full: bool) -> Iterator[Case]:
             (0,),
             lambda m, n=n: 4.0 * m * n,
             plain,
+        )
+
+
+def _channels(dtype: str) -> Iterator[Case]:
+    from batch_invariant_tpu import jax as bi
+
+    def plain(x: Any, w: Any, b: Any) -> Any:
+        g = x.reshape(x.shape[0], 8, -1)
+        g = (g - g.mean(-1, keepdims=True)) / g.std(-1, keepdims=True)
+        return g.reshape(x.shape) * w[:, None] + b[:, None]
+
+    yield Case(
+        "group_norm 64x196 in 8, weight and bias",
+        lambda x, w, b: bi.group_norm(x, 8, w, b),
+        lambda m: [((m, 64, 196), dtype), ((64,), dtype), ((64,), dtype)],
+        (0,),
+        lambda m: 6.0 * m * 64 * 196,
+        plain,
+        kernels=2,
+    )
+
+
+def _elementwise(dtype: str) -> Iterator[Case]:
+    import jax
+    import jax.numpy as jnp
+
+    from batch_invariant_tpu import jax as bi
+    from batch_invariant_tpu.jax.elementwise import FUNCTIONS
+
+    plain = {
+        **{name: getattr(jnp, name) for name in ("exp", "log", "sin", "cos", "tanh")},
+        **{name: getattr(jax.nn, name) for name in ("sigmoid", "silu")},
+        "rsqrt": jax.lax.rsqrt,
+        "erf": jax.lax.erf,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": jax.nn.gelu,
+    }
+    table = {
+        name: (lambda x, name=name: bi.elementwise(name, x), plain[name]) for name in FUNCTIONS
+    }
+    for exponent in (1.7, 3):
+        table[f"pow, {exponent}"] = (
+            lambda x, exponent=exponent: bi.pow(x, exponent),
+            lambda x, exponent=exponent: jnp.power(x, exponent),
+        )
+    for name, (fn, own) in table.items():
+        yield Case(
+            f"{name} of 1024",
+            fn,
+            lambda m: [((m, 1024), dtype)],
+            (0,),
+            lambda m: 1.0 * m * 1024,
+            own,
         )
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata as metadata
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batch_invariant_tpu.compile_check.cases import Case, cases
 from batch_invariant_tpu.compile_check.compiler import (
     Compiler,
+    dump_folder,
     foreign_arithmetic,
     normalised,
 )
 from batch_invariant_tpu.compile_check.controls import controls
+from batch_invariant_tpu.processes import spread
 
 BATCHES = (1, 8, 256, 1024)
 QUICK = ("v5e", "v6e", "tpu7x")
@@ -34,41 +39,63 @@ DOES_NOT_PROVE = (
 
 Report = Callable[[str, bool, str], None]
 
+_dumps = Path()
+"""Of this process; `_start` sets it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One case, or one control, of one generation and dtype: what a process compiles at a time."""
+
+    generation: str
+    dtype: str
+    name: str
+    control: bool
+    full: bool
+
+    @property
+    def label(self) -> str:
+        what = f"control: {self.name}" if self.control else self.name
+        return f"{self.generation:6} {self.dtype:9} {what}"
+
+
+def units(
+    generations: Sequence[str], dtypes: Sequence[str], full: bool, only: str = ""
+) -> list[Unit]:
+    """All that is compiled; with `only` the cases whose name has this, and no control."""
+    return [
+        Unit(generation, dtype, name, control, full)
+        for generation in generations
+        for dtype in dtypes
+        for control, names in (
+            (False, [case.name for case in cases(generation, dtype, full)]),
+            (True, [] if only else controls(generation)),
+        )
+        for name in names
+        if only in name
+    ]
+
 
 def check(
     generations: Sequence[str],
     dtypes: Sequence[str],
     batches: Sequence[int],
-    dumps: Path,
     report: Report,
     *,
     full: bool = False,
     only: str = "",
+    jobs: int = 1,
 ) -> dict[str, Any]:
-    """Compiles and compares; the findings as JSON values. `only`: cases whose name has this."""
+    """Compiles and compares, in so many processes; the findings as JSON values."""
+    todo = units(generations, dtypes, full, only)
     found: list[dict[str, Any]] = []
-    for generation in generations:
-        compiler = Compiler(generation, dumps)
-        for dtype in dtypes:
-            for case in cases(generation, dtype, full):
-                if only in case.name:
-                    entry = _case(compiler, case, batches)
-                    found.append({"generation": generation, "dtype": dtype, **entry})
-                    where = f"{generation:6} {dtype:9} {case.name}"
-                    report(where, not entry["faults"], "; ".join(entry["faults"]))
-            for name, plans in controls(compiler, dtype, batches) if not only else ():
-                flagged = len(set(plans.values())) > 1
-                found.append(
-                    {
-                        "generation": generation,
-                        "dtype": dtype,
-                        "control": name,
-                        "by_batch": {str(m): plan for m, plan in plans.items()},
-                        "faults": [] if flagged else ["does not vary: the comparison is blind"],
-                    }
-                )
-                said = f"found to vary: {_groups(plans)}" if flagged else "NOT found to vary"
-                report(f"{generation:6} {dtype:9} control: {name}", flagged, said)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = functools.partial(_found, batches=tuple(batches))
+        each = spread(work, todo, jobs, functools.partial(_start, scratch))
+        for unit, entry in zip(todo, each, strict=True):
+            found.append(entry)
+            said = entry["faults"] or entry.get("said", [])
+            report(unit.label, not entry["faults"], "; ".join(said))
     return {
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
         "generations": list(generations),
@@ -77,6 +104,34 @@ def check(
         "does_not_prove": DOES_NOT_PROVE,
         "checks": found,
         "holds": bool(found) and not any(entry["faults"] for entry in found),
+    }
+
+
+def _start(scratch: str) -> None:
+    """Sets what libtpu reads when it is loaded, which is later than this, and only in here."""
+    global _dumps
+    _dumps = dump_folder(Path(tempfile.mkdtemp(dir=scratch)))
+
+
+@functools.cache
+def _compiler(generation: str) -> Compiler:
+    return Compiler(generation, _dumps)
+
+
+def _found(unit: Unit, batches: Sequence[int]) -> dict[str, Any]:
+    where = {"generation": unit.generation, "dtype": unit.dtype}
+    compiler = _compiler(unit.generation)
+    if not unit.control:
+        every = cases(unit.generation, unit.dtype, unit.full)
+        (case,) = (case for case in every if case.name == unit.name)
+        return where | _case(compiler, case, batches)
+    plans = controls(unit.generation)[unit.name](compiler, unit.dtype, batches)
+    flagged = len(set(plans.values())) > 1
+    return where | {
+        "control": unit.name,
+        "by_batch": {str(m): plan for m, plan in plans.items()},
+        "faults": [] if flagged else ["does not vary: the comparison is blind"],
+        "said": [f"found to vary: {_groups(plans)}"] if flagged else [],
     }
 
 
@@ -91,12 +146,13 @@ def _case(compiler: Compiler, case: Case, batches: Sequence[int]) -> dict[str, A
             first = " ".join(str(error).split())[:300]
             faults.append(f"batch {m}: does not compile: {type(error).__name__}: {first}")
             continue
-        if strange := foreign_arithmetic(made.hlo):
+        if strange := foreign_arithmetic(made.hlo, case.kernels):
             faults.append(f"batch {m}: beside the kernel stands {', '.join(strange)}")
-        if len(made.mosaic) != 1:
-            faults.append(f"batch {m}: {len(made.mosaic)} kernel texts, and one is expected")
+        if len(made.mosaic) != case.kernels:
+            found = len(made.mosaic)
+            faults.append(f"batch {m}: {found} kernel texts, and {case.kernels} expected")
             continue
-        text = normalised(made.mosaic[0], case.batch_axes)
+        text = "".join(sorted(normalised(text, case.batch_axes) for text in made.mosaic))
         texts[m] = hashlib.sha256(text.encode()).hexdigest()[:12]
         trees[m] = made.trees
     if len(set(texts.values())) > 1:

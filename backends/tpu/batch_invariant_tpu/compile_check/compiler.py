@@ -26,22 +26,29 @@ _TREES = "post-reassociate-accumulations"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*)$")
 
 
-def environment(dumps: Path) -> dict[str, str]:
-    """What libtpu reads once, when it is loaded: it must stand before jax is imported."""
+def dump_folder(dumps: Path) -> Path:
+    """Prepares an empty folder for the compiler's dumps, and this process to write them there.
+
+    To be called before jax is imported: libtpu reads the environment once, when it is loaded.
+    """
+    folders = (dumps / "mosaic", dumps / "llo")
+    for folder in folders:
+        folder.mkdir()
     flags = (
         os.environ.get("LIBTPU_INIT_ARGS", ""),
-        f"--xla_mosaic_dump_to={dumps / 'mosaic'}",
-        f"--xla_jf_dump_to={dumps / 'llo'}",
+        f"--xla_mosaic_dump_to={folders[0]}",
+        f"--xla_jf_dump_to={folders[1]}",
         "--xla_jf_dump_llo_text=true",
         f"--xla_jf_dump_llo_pass_label_regex=.*{_TREES}.*",
     )
-    return {
+    os.environ |= {
         "JAX_PLATFORMS": "cpu",  # libtpu is then a compiler and nothing else
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is held, so another process may compile too
         "TPU_SKIP_MDS_QUERY": "1",  # these two only quieten it
         "TPU_WORKER_HOSTNAMES": "localhost",
         "LIBTPU_INIT_ARGS": " ".join(flag for flag in flags if flag),
     }
+    return dumps
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,8 @@ def fingerprint(made: Compiled, batch_axes: Sequence[int]) -> str:
     return f"{hashlib.sha256(texts.encode()).hexdigest()[:12]} {made.trees}"
 
 
-def foreign_arithmetic(hlo: str) -> list[str]:
-    """What adds across elements outside of the one kernel of a program.
+def foreign_arithmetic(hlo: str, kernels: int = 1) -> list[str]:
+    """What adds across elements outside of the kernels of a program, or that they are others.
 
     A column that becomes a vector is written by XLA as a reduction of one element to -0.0, which
     changes no bit; only reductions of more elements count.
@@ -169,4 +176,4 @@ def foreign_arithmetic(hlo: str) -> list[str]:
             if known is None or not axes or any(known[int(d)] > 1 for d in axes):
                 found.add("reduce")
     calls = hlo.count('custom_call_target="tpu_custom_call"')
-    return sorted(found) + ([] if calls == 1 else [f"{calls} kernels"])
+    return sorted(found) + ([] if calls == kernels else [f"{calls} kernels"])

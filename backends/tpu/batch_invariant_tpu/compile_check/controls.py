@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from batch_invariant_tpu.compile_check.compiler import Compiler, fingerprint
 
@@ -12,48 +13,56 @@ DOT = (14336, 4096)
 """K and N: a K long enough to be tiled."""
 
 
-def controls(
-    compiler: Compiler, dtype: str, batches: Sequence[int]
-) -> Iterator[tuple[str, dict[int, str]]]:
-    """Name and, by size of the batch, how the compiler adds; the values must not all be equal."""
+Plans = dict[int, str]
+Control = Callable[[Compiler, str, Sequence[int]], Plans]
+
+
+def controls(generation: str) -> dict[str, Control]:
+    """By name, what gives for every size of the batch how the compiler adds.
+
+    The values must not all be equal.
+    """
+    found: dict[str, Control] = {
+        "plain jnp.dot": _plain_dot,
+        "plain jnp.mean": _plain_mean,
+        "our matmul with its block of K taken from M": _block_from_batch,
+    }
+    if generation in ("v5p", "v6e"):  # where this can be read off the program's text
+        found["plain psum"] = lambda compiler, dtype, batches: {
+            m: _psum_plan(compiler, m) for m in batches
+        }
+    return found
+
+
+def _product_shapes(m: int, dtype: str) -> list[tuple[tuple[int, ...], str]]:
+    k, n = DOT
+    return [((m, k), dtype), ((k, n), dtype)]
+
+
+def _plain_dot(compiler: Compiler, dtype: str, batches: Sequence[int]) -> Plans:
     import jax.numpy as jnp
 
+    return {m: _dot_plan(compiler.compile(jnp.dot, _product_shapes(m, dtype)).hlo) for m in batches}
+
+
+def _plain_mean(compiler: Compiler, dtype: str, batches: Sequence[int]) -> Plans:
+    import jax.numpy as jnp
+
+    def mean(x: Any) -> Any:
+        return jnp.mean(x, -1)
+
+    return {m: compiler.compile(mean, [((m, 4096), dtype)]).trees for m in batches}
+
+
+def _block_from_batch(compiler: Compiler, dtype: str, batches: Sequence[int]) -> Plans:
     from batch_invariant_tpu.jax import matmul
 
-    k, n = DOT
+    def fingerprint_of(m: int) -> str:
+        block = (128, 256 if m == max(batches) else 512, 512)
+        made = compiler.compile(lambda x, w: matmul(x, w, block=block), _product_shapes(m, dtype))
+        return fingerprint(made, (1,))
 
-    def shapes(m: int) -> list[tuple[tuple[int, ...], str]]:
-        return [((m, k), dtype), ((k, n), dtype)]
-
-    yield (
-        "plain jnp.dot",
-        {m: _dot_plan(compiler.compile(jnp.dot, shapes(m)).hlo) for m in batches},
-    )
-    yield (
-        "plain jnp.mean",
-        {
-            m: compiler.compile(lambda x: jnp.mean(x, -1), [((m, 4096), dtype)]).trees
-            for m in batches
-        },
-    )
-    largest = max(batches)
-    yield (
-        "our matmul with its block of K taken from M",
-        {
-            m: fingerprint(
-                compiler.compile(
-                    lambda x, w, bk=256 if m == largest else 512: matmul(
-                        x, w, block=(128, bk, 512)
-                    ),
-                    shapes(m),
-                ),
-                (1,),
-            )
-            for m in batches
-        },
-    )
-    if compiler.generation in ("v5p", "v6e"):  # where this can be read off the program's text
-        yield "plain psum", {m: _psum_plan(compiler, m) for m in batches}
+    return {m: fingerprint_of(m) for m in batches}
 
 
 def _dot_plan(hlo: str) -> str:

@@ -128,6 +128,20 @@ def _call(
     batch, heads, rows, size = q.shape
     keys, value_size = v.shape[2:]
     chunks = keys // CHUNK
+    if interpret is True and batch > 1:
+        # As in `matmul.py`: the plain interpreter copies all of the operands at every step.
+        each = mask is not None and mask.shape[0] > 1
+
+        def one(sequence: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            *arrays, length, offset = (x[None] for x in sequence)
+            own = arrays[3] if each else mask
+            inputs = (*arrays[:3], own, length, offset)
+            out, lse = _call(*inputs, scale, causal, group, True)
+            return out[0], lse[0]
+
+        masks = (mask,) if each else ()
+        found: tuple[jax.Array, jax.Array] = lax.map(one, (q, k, v, *masks, lengths, offsets))
+        return found
 
     def at_query(b: Any, h: Any, i: Any, c: Any, *scalars: Any) -> tuple[Any, ...]:
         return b, h, i, 0

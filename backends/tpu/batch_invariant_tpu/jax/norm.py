@@ -1,4 +1,4 @@
-"""rms_norm and layer_norm over the last dimension, in the order of `rows.py`.
+"""rms_norm, layer_norm and group_norm, in the order of `rows.py`.
 
 Lane sums of rounded squares, divided by n; one over the root; multiplications left to right; one
 rounding. Without a weight there is none: no ones are read or multiplied.
@@ -220,6 +220,52 @@ def layer_norm_statistics(
     outs = run(program, [x.reshape(-1, n)], [], [jnp.float32] * 2, interpret)
     mean, rstd = (out.reshape(x.shape[:-1]) for out in outs)
     return mean, rstd
+
+
+_AFFINE = RowProgram(
+    "affine", (), lambda tiles, found, shared: [rounded(tiles[0] * tiles[1]) + tiles[2]]
+)
+_SCALED = RowProgram("scaled", (), lambda tiles, found, shared: [tiles[0] * tiles[1]])
+_SHIFTED = RowProgram("shifted", (), lambda tiles, found, shared: [tiles[0] + tiles[1]])
+
+
+def group_norm(
+    x: jax.Array,
+    num_groups: int,
+    weight: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    eps: float = 1e-5,
+    *,
+    interpret: Interpret = False,
+) -> jax.Array:
+    """Each group of channels of [B, C, ...] normalised as by `layer_norm`; without a gradient.
+
+    weight, bias: [C] or None. Rounded once, after weight and bias, which a second kernel applies.
+    """
+    check_dtype("group_norm", x)
+    for name, p in (("weight", weight), ("bias", bias)):
+        check_dtype("group_norm", p)
+        _check_shape("group_norm", name, p, x.shape[1:2])
+    if x.ndim < 2 or num_groups <= 0 or x.shape[1] % num_groups:
+        raise OpNotSupported(
+            "group_norm: expected [B, C, ...] with C a multiple of num_groups, got "
+            f"{list(x.shape)} and num_groups={num_groups}"
+        )
+    if not x.size:
+        return x
+    rows = x.reshape(x.shape[0] * num_groups, -1)
+    n = rows.shape[1]
+    given = [p for p in (weight, bias) if p is not None]
+    program = _layer_program(n, float(eps), False, False, "result")
+    (out,) = run(program, [rows], [], [jnp.float32 if given else x.dtype], interpret)
+    if given:
+        spread = [
+            jnp.broadcast_to(p.reshape(1, -1, *(1,) * (x.ndim - 2)), x.shape).reshape(rows.shape)
+            for p in given
+        ]
+        last = _AFFINE if len(given) == 2 else _SHIFTED if weight is None else _SCALED
+        (out,) = run(last, [out, *spread], [], [x.dtype], interpret)
+    return out.reshape(x.shape)
 
 
 def _check_shape(op: str, name: str, p: jax.Array | None, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,7 @@
-"""sum, mean and logsumexp over the last dimension, in the order of `rows.py`."""
+"""sum, mean and logsumexp over the last dimension, in the order of `rows.py`.
+
+These have gradients; the reductions without one are in `reduce_forward.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype
 from batch_invariant_tpu.jax.rows import RowProgram, Statistic, canonical, divided, run
 
-MAXIMUM = Statistic(lambda tiles, found: tiles[0], maximum=True)
+MAXIMUM = Statistic(lambda tiles, found: tiles[0], kind="maximum")
 
 
 def _shifted(tiles: Any, found: Any) -> jax.Array:

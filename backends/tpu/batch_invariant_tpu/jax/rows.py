@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ Tiles = Sequence[jax.Array]
 
 @dataclass(frozen=True)
 class Statistic:
-    """A sum or a maximum over each row.
+    """A sum, a maximum or a product over each row.
 
     term: from the row tiles [bm, w] in fp32 and the statistics before, [bm, 1] each, the terms
         [bm, w]; a product among them must be `rounded`.
@@ -45,15 +45,17 @@ class Statistic:
 
     term: Callable[[Tiles, Tiles], jax.Array]
     finish: Callable[[jax.Array], jax.Array] = lambda total: total
-    maximum: bool = False
+    kind: Literal["sum", "maximum", "product"] = "sum"
     first: int | None = None
 
     @property
     def identity(self) -> float:
-        return -jnp.inf if self.maximum else 0.0
+        return {"sum": 0.0, "maximum": -jnp.inf, "product": 1.0}[self.kind]
 
     def combine(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.maximum(a, b) if self.maximum else a + b
+        if self.kind == "sum":
+            return a + b
+        return jnp.maximum(a, b) if self.kind == "maximum" else a * b
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,10 @@ def _segment_lanes(
 
 
 def _folded(statistic: Statistic, lanes: jax.Array) -> jax.Array:
-    return canonical(fold(lanes, statistic.combine))
+    total = fold(lanes, statistic.combine)
+    if statistic.kind == "product":  # a product may be -0.0
+        return jnp.where(jnp.isnan(total), jnp.nan, total)
+    return canonical(total)
 
 
 def fold(lanes: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

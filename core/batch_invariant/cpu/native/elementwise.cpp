@@ -35,6 +35,9 @@ BI_EXPORT i32 bi_map(i32 op, i64 n, const float* x, float* out, i32 threads) {
     case MAP_TANH:
       return map(threads, n, x, out,
                  [](f32x16 v) __attribute__((always_inline)) { return tanh(v); });
+    case MAP_MINUS_LOG1M:
+      return map(threads, n, x, out,
+                 [](f32x16 v) __attribute__((always_inline)) { return minus_log1m(v); });
   }
   return BAD_ARGUMENT;
 }

@@ -1,7 +1,7 @@
-// exp, log and tanh in fp32 whose bits are the same on every device: only IEEE +, -, *, fma, comparisons
-// and integer operations on the bits, in the order written here, and no libm. Each is a template
-// over the vector type, so that a scalar, any width, and a Triton or Pallas copy of the same steps
-// agree.
+// exp, log, log1p and tanh in fp32 whose bits are the same on every device: only IEEE +, -, *, /,
+// fma, comparisons and integer operations on the bits, in the order written here, and no libm. Each
+// is a template over the vector type, so that a scalar, any width, and a Triton or Pallas copy of the
+// same steps agree.
 //
 // How the polynomials were made: Remez exchange in 50 digits (mpmath) for the least relative error
 // of the whole function on the reduced interval, coefficients rounded to fp32, then moved by single
@@ -72,29 +72,12 @@ BI_INLINE V exp(V x) {
   return scale_by_power(high + fma(r * r, q, low) + 1.0f, n);
 }
 
-// Natural logarithm. Largest error over all 2^32 inputs: 0.923 ulp, denormal inputs included.
-// log(1) = +0, log(+-0) = -inf, log(inf) = inf, a negative number or NaN gives NaN.
-//  - a denormal x is multiplied by 2^23, and 23 is taken off k;
-//  - x = 2^k (1 + f), the bits of 1 + f being at least 0x3f3504f3 (sqrt(1/2)) and below twice that;
+// k ln(2) + log(1 + f), for whole k and 1 + f in [sqrt(1/2), sqrt(2)):
 //  - log(1 + f) = f + f^2 (-1/2 + f q(f)), q of degree 7 by Horner in FMAs (error 0.10);
-//  - log x = k * 0x1.62e4p-1 + (f + (k * 0x1.7f7d1cp-20 + f^2 (...))), each sum an FMA or rounded.
+//  - the sum is k * 0x1.62e4p-1 + (f + (k * 0x1.7f7d1cp-20 + f^2 (...))), each an FMA or rounded.
 template <class V>
-BI_INLINE V log(V x) {
-  using I = Integer<V>;
+BI_INLINE V log_sum(V k, V f) {
   constexpr V zero = {};
-  constexpr V infinity = zero + INFINITY_F32;
-  auto tiny = x < zero + 0x1p-126f;
-  V scaled = tiny ? x * 0x1p23f : x;
-  I bits = bit_cast<I>(scaled);
-  I exponent = (bits - 0x3f3504f3) >> 23;
-  V f = bit_cast<V>(bits - (exponent << 23)) - 1.0f;
-  V k;
-  if constexpr (sizeof(V) == sizeof(float)) {
-    k = static_cast<float>(exponent);
-  } else {
-    k = __builtin_convertvector(exponent, V);
-  }
-  k = tiny ? k - 23.0f : k;
   V q = fma(f, zero - 0x1.38b512p-4f, zero + 0x1.0565aep-3f);
   q = fma(q, f, zero - 0x1.0d8a60p-3f);
   q = fma(q, f, zero + 0x1.22d95cp-3f);
@@ -103,7 +86,38 @@ BI_INLINE V log(V x) {
   q = fma(q, f, zero - 0x1.000228p-2f);
   q = fma(q, f, zero + 0x1.555554p-2f);
   V rest = f * f * fma(q, f, zero - 0.5f);
-  V result = fma(k, zero + 0x1.62e4p-1f, f + fma(k, zero + 0x1.7f7d1cp-20f, rest));
+  return fma(k, zero + 0x1.62e4p-1f, f + fma(k, zero + 0x1.7f7d1cp-20f, rest));
+}
+
+// x = 2^k (1 + f) for a normal number x > 0, the bits of 1 + f being at least 0x3f3504f3 (sqrt(1/2))
+// and below twice that.
+template <class V>
+struct Reduced {
+  V k, f;
+};
+template <class V>
+BI_INLINE Reduced<V> reduce_log(V x) {
+  using I = Integer<V>;
+  I bits = bit_cast<I>(x);
+  I exponent = (bits - 0x3f3504f3) >> 23;
+  V f = bit_cast<V>(bits - (exponent << 23)) - 1.0f;
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return {static_cast<float>(exponent), f};
+  } else {
+    return {__builtin_convertvector(exponent, V), f};
+  }
+}
+
+// Natural logarithm. Largest error over all 2^32 inputs: 0.923 ulp, denormal inputs included.
+// log(1) = +0, log(+-0) = -inf, log(inf) = inf, a negative number or NaN gives NaN. A denormal x is
+// multiplied by 2^23, and 23 is taken off k.
+template <class V>
+BI_INLINE V log(V x) {
+  constexpr V zero = {};
+  constexpr V infinity = zero + INFINITY_F32;
+  auto tiny = x < zero + 0x1p-126f;
+  auto [k, f] = reduce_log(tiny ? x * 0x1p23f : x);
+  V result = log_sum(tiny ? k - 23.0f : k, f);
   result = x == infinity ? infinity : result;
   result = x == zero ? -infinity : result;
   return x >= zero ? result : zero + NAN_F32;
@@ -127,6 +141,14 @@ BI_INLINE V tanh(V x) {
   V near = fma(x * square, q, x);
   V far = 1.0f - (zero + 2.0f) / (exp(size + size) + 1.0f);
   return bit_cast<V>(bit_cast<I>(size <= zero + 0.625f ? near : far) | sign);
+}
+
+// -log(1 - v) for v in [2^-32, 1 - 2^-24]. 1 - v is rounded, but where its exponent is that of 1 the
+// polynomial is given -v itself: a small v keeps all of its digits.
+template <class V>
+BI_INLINE V minus_log1m(V v) {
+  auto [k, f] = reduce_log(1.0f - v);
+  return -log_sum(k, k == 0.0f ? -v : f);
 }
 
 }  // namespace bi

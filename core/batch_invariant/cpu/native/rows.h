@@ -35,6 +35,7 @@ enum MapOp : i32 {
   MAP_EXP = 0,
   MAP_LOG = 1,
   MAP_TANH = 2,
+  MAP_MINUS_LOG1M = 3,
 };
 
 enum SelectOp : i32 {
@@ -122,6 +123,18 @@ BI_EXPORT bi::i32 bi_row_topk(bi::i32 op, bi::i32 dtype, bi::i64 rows, bi::i64 n
 // for SMALLEST too, as torch's argmin has it. n >= 1.
 BI_EXPORT bi::i32 bi_row_argmax(bi::i32 op, bi::i32 dtype, bi::i64 rows, bi::i64 n, const void* x,
                                 bi::i64 x_stride, bi::i64* indices, bi::i32 threads);
+
+// out [rows]: the column that each contiguous row draws, ops/sample.py says how; -1 if it has a NaN or
+// nothing above -inf. keep [rows, n] (0: not drawn) and min_p [rows] may be null. 1 <= n < 2^31.
+BI_EXPORT bi::i32 bi_row_sample(bi::i32 dtype, bi::i64 rows, bi::i64 n, const void* x,
+                                const bi::i64* seeds, const bi::i64* positions,
+                                const float* temperature, const float* min_p, const bi::u8* keep,
+                                bi::i64* out, bi::i32 threads);
+
+// out [rows, n]: exp((x - top) / temperature) in units of 2^-40, cut off, for contiguous rows whose
+// first element is the top; 0 for NaN.
+BI_EXPORT bi::i32 bi_sample_weights(bi::i32 dtype, bi::i64 rows, bi::i64 n, const void* x,
+                                    const float* temperature, bi::i64* out, bi::i32 threads);
 
 // out[i] = a function of math.h of x[i], for n fp32 values.
 BI_EXPORT bi::i32 bi_map(bi::i32 op, bi::i64 n, const float* x, float* out, bi::i32 threads);
