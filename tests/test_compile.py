@@ -253,11 +253,14 @@ def test_a_pair_that_a_backend_has_a_kernel_for(install: Any) -> None:
         return (wide * wide).mean(-1, keepdim=True) + square.mean(-1, keepdim=True) + wide
 
     x = cancelling(5, 1031, torch.bfloat16)
+    users: list[torch.fx.Graph] = []
     compiled = torch.compile(f)
     with torch.no_grad(), bi.enabled():
         before = bi.audit(compiled, x)
-        with bi.use_backend("othercpu"):
+        ours = torch._inductor.config.patch(post_grad_custom_pre_pass=users.append)
+        with bi.use_backend("othercpu"), ours:
             after = bi.audit(compiled, x)
+    assert len(users) == 1  # a pass of the user's runs as well
     name = "batch_invariant_fused::mean_square"
     assert [ran.op for ran in after.of("covered")].count(name) == 1
     assert name not in str(before)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from batch_invariant.errors import ConfigurationError
-from batch_invariant.inductor.fuse import Fuse
+from batch_invariant.inductor.fuse import after
 from batch_invariant.inductor.rules import Rules, Watcher
 from batch_invariant.inductor.scheduled import Check, collected
 from batch_invariant.inductor.table import Table
@@ -109,7 +109,7 @@ def _patches(rules: Rules) -> dict[str, Any]:
         if not _keeps_casts():
             patches["pattern_matcher"] = False
         if any(device.fused for device in rules.devices.values()):
-            patches[_PASS] = Fuse(rules, known[_PASS])
+            patches[_PASS] = after(known[_PASS], rules)
     if rules.watcher is not None:
         patches["force_disable_caches"] = True
     return patches

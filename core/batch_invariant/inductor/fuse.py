@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from batch_invariant.inductor import pairs
 from batch_invariant.inductor.rules import Rules
 
 
-class Fuse(CustomGraphPass):
-    """Inductor's pass over a forward, backward or inference graph: the user's own one first."""
+def after(given: Any, rules: Rules) -> Any:
+    """The user's own passes, and then ours, as this torch takes them: several, or one."""
+    several = getattr(custom_graph_pass, "get_custom_graph_passes", None)
+    return Fuse(rules, given) if several is None else (*several(given), Fuse(rules))
 
-    def __init__(self, rules: Rules, before: Any) -> None:
+
+class Fuse(CustomGraphPass):
+    """Inductor's pass over a forward, backward or inference graph; `before` it runs another."""
+
+    def __init__(self, rules: Rules, before: Any = None) -> None:
         self.rules = rules
         self.before = before
 
@@ -37,11 +44,14 @@ class Fuse(CustomGraphPass):
             graph.erase_node(square)
 
     def uuid(self) -> Any:
-        before = self.before.uuid() if hasattr(self.before, "uuid") else repr(self.before)
-        return repr((self.rules.identity, before))
+        if self.before is None:
+            return repr(self.rules.identity)
+        # Without a name of the other, Inductor caches nothing.
+        other = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        return repr((self.rules.identity, other)) if other else None
 
     def __reduce__(self) -> Any:
-        return str, (self.uuid(),)
+        return str, (str(self.uuid()),)
 
     def _squared(self, mean: torch.fx.Node) -> torch.fx.Node | None:
         """What is squared in fp32 and goes to this mean alone; before it was widened, if it was."""
