@@ -1,16 +1,26 @@
 """A whole model, eager: are the last logits of row 0 the same at every batch size, at what cost?
 
-HF Qwen3 of 8B widths with 8 layers and random weights, bf16, sdpa. `peer.py` runs it.
+HF Qwen3 of 8B widths with 8 layers and random weights, bf16, sdpa. `peer.py` runs it beside a peer;
+alone it compares stock torch and this library's mode:
+
+    python backends/cuda/benchmarks/model.py --out docs/benchmarks/cuda_model.json
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import batch_invariant as bi
 
 TOKENS = (1, 17, 256)
 BATCHES = (1, 2, 3, 8, 32, 64)
@@ -73,3 +83,32 @@ def measure(network: torch.nn.Module) -> dict[str, dict[str, float]]:
                 "ms": milliseconds(call),
             }
     return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="write the report to this file")
+    options = parser.parse_args()
+    network = model()
+    whole = {}
+    for label, mode in {"stock": nullcontext, "batch_invariant": bi.enabled}.items():
+        with mode():
+            whole[label] = measure(network)
+    lines = {
+        size: {label: found[size] for label, found in whole.items()} for size in whole["stock"]
+    }
+    for size, line in lines.items():
+        print(f"{size:8}", line)
+    report = {
+        "command": "python backends/cuda/benchmarks/model.py --out docs/benchmarks/cuda_model.json",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "device": torch.cuda.get_device_name(),
+        "method": "ms per eager forward, and logits of row 0 that differ from those alone",
+        "lines": lines,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
