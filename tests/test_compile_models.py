@@ -27,7 +27,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-# With "grouped_mm" tracing stops at an integer floor division.
 EXPERTS: dict[str, Any] = {
     "num_local_experts": 3,
     "num_experts_per_tok": 2,
@@ -41,6 +40,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", EXPERTS),
     "gpt_oss": ("GptOssConfig", {"head_dim": 16, **EXPERTS, **WINDOW}),
 }
+GROUPED = {
+    "mixtral, grouped": ("MixtralConfig", EXPERTS | {"experts_implementation": "grouped_mm"})
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def model_of(name: str) -> torch.nn.Module:
-    kind, more = CONFIGS[name]
+    kind, more = (CONFIGS | GROUPED)[name]
     config = getattr(transformers, kind)(**SIZES, **more)
     attention = "eager" if name == "gpt_oss" else "sdpa"  # as transformers requires
     model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
@@ -81,7 +83,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *GROUPED])
 def test_no_logit_depends_on_the_batch(name: str) -> None:
     model, seen = model_of(name), set[str]()
     compiled = torch.compile(model, backend=functools.partial(as_graph, seen=seen), dynamic=True)
@@ -90,7 +92,7 @@ def test_no_logit_depends_on_the_batch(name: str) -> None:
         whole = logits(compiled, ids)
         assert mismatch(whole, logits(model, ids)) is None
         # One row is traced anew, which takes long where experts break the graph.
-        for rows in (2, 3) if "num_local_experts" in CONFIGS[name][1] else (1, 2, 3):
+        for rows in (2, 3) if "num_local_experts" in (CONFIGS | GROUPED)[name][1] else (1, 2, 3):
             assert mismatch(logits(compiled, ids[:rows].clone()), whole[:rows]) is None
     assert "batch_invariant.linear.default" in seen
     assert not seen & {"aten.mm.default", "aten.mean.dim", "aten._softmax.default"}
