@@ -177,10 +177,10 @@ def _grouped_mm(
     self: torch.Tensor, mat2: torch.Tensor, offs: torch.Tensor | None = None
 ) -> torch.Tensor:
     check_grouped(self, mat2, offs)
-    if offs is None:
-        return product(self, mat2)
     if (reason := _supports(self, mat2, offs)) is not None:
         raise OpNotSupported(reason)
+    if offs is None:
+        return product(self, mat2)
     for other in (mat2, offs):
         if other.device != self.device:
             raise RuntimeError(
@@ -218,7 +218,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, n: int) -> to
 def _supports(
     self: torch.Tensor, mat2: torch.Tensor, offs: torch.Tensor | None = None
 ) -> str | None:
-    if offs is not None and self.dtype not in FLOATS:
+    if self.dtype not in FLOATS:
         return (
             f"grouped_mm on CUDA takes {', '.join(map(str, FLOATS))}; got {self.dtype}. Convert "
             "the operands, or use mm for each group"

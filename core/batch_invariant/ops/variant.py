@@ -79,7 +79,8 @@ def tokens(args: Args, axes: Axes) -> Iterator[Variant]:
 
 
 def _flattened(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(output.flatten(0, 1) for output in outputs)
+    # An output that is not asked for, such as a sum without a residual, is empty and has no rows.
+    return tuple(x.flatten(0, 1) if x.dim() > 1 else x for x in outputs)
 
 
 def rows_only(args: Args, axes: Axes) -> Iterator[Variant]:
