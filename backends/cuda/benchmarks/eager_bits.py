@@ -4,7 +4,7 @@ Without `eager_bits` compiled code on a GPU keeps the promise and may differ fro
 Inductor writes elementwise functions in Triton. For each function and dtype: how many of all values
 differ, by how many units of the last place at most; and what differs with `eager_bits`: nothing.
 
-    python eager_bits.py --out cuda_eager_bits.json
+    python backends/cuda/benchmarks/eager_bits.py --out docs/benchmarks/cuda_eager_bits.json
 """
 
 from __future__ import annotations
