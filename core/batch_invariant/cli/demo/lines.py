@@ -74,8 +74,8 @@ def _paths(report: Report) -> list[Line]:
     ]
     figures = ["logits", "tokens", "time"]
     return [
-        "The same prompts on other ways, against the prompt alone. Draws: from torch's one",
-        "stream in stock torch, by a seed for each prompt in batch_invariant.",
+        "The same prompts in other ways, compared with the prompt alone. Stock torch",
+        "draws from one random stream, batch_invariant by a seed for each prompt.",
         "",
         *render.table(
             ["", *figures, *figures], rows, [("", 1), ("stock torch", 3), ("batch_invariant", 3)]
