@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from interpreter import printed
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-_PACKAGES = Path(__file__).resolve().parents[1]
 
 _PROGRAM = r"""
 import math
@@ -104,26 +100,11 @@ if not lost[0, 1, 3] or int(lost.sum()) != 1:
 """
 
 
-def _run(*arguments: str) -> list[str]:
-    path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROGRAM, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this Triton's interpreter does not work with NumPy 2.4")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
 def test_blocks_are_wired_in_the_interpreter() -> None:
-    assert _run() == []
+    assert printed(_PROGRAM) == []
 
 
 def test_blocks_from_the_beginning_are_seen_in_the_interpreter() -> None:
-    found = _run("broken")
+    found = printed(_PROGRAM, "broken")
     assert found
     assert all("keys before" in line or "lowest" in line for line in found)

@@ -6,16 +6,12 @@ the draws of these rows have larger gaps. Bits of scores are compared on a GPU.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from interpreter import printed
 
 pytest.importorskip("triton", reason="needs Triton: pip install 'batch-invariant-cuda[runtime]'")
 
-_PACKAGES = Path(__file__).parents[1]
 
 _PROGRAM = """
 import math, sys, torch, triton, triton.language as tl
@@ -91,25 +87,10 @@ print("\\n".join(failures))
 """
 
 
-def _run(*arguments: str) -> list[str]:
-    path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROGRAM, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this Triton's interpreter does not work with NumPy 2.4")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [line for line in done.stdout.split("\n") if line]
-
-
 def test_draws_are_those_of_the_reference_in_the_interpreter() -> None:
-    assert _run() == []
+    assert printed(_PROGRAM) == []
 
 
 def test_other_noise_is_seen_in_the_interpreter() -> None:
-    found = _run("broken")
+    found = printed(_PROGRAM, "broken")
     assert any(line.startswith("plain") for line in found)
