@@ -15,6 +15,7 @@ from batch_invariant.ops import CONTRACTS
 from batch_invariant.order import Order
 from batch_invariant_tpu import torchtpu
 from batch_invariant_tpu.exchange import DTYPES, dtype_of, interpreted
+from batch_invariant_tpu.room import make_room
 
 
 def adapted(
@@ -37,7 +38,10 @@ def adapted(
         if any(isinstance(value, torch.Tensor) for value in args):
             return torchtpu.run(op, fn, args, keywords)
         _in_range(op, args, indices)
-        return fn(*args, **keywords, how=interpreted())
+        how = interpreted()
+        if how:
+            make_room()
+        return fn(*args, **keywords, how=how)
 
     return Kernel(
         fn=kernel,
