@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from batch_invariant.backend import API_VERSION, Availability, Backend, Evidence, Gap, Kernel
+from batch_invariant.ops import CONTRACTS
 from batch_invariant_tpu import route
 from batch_invariant_tpu.requirements import jax_problem, require_jax
 
@@ -70,6 +71,11 @@ class TpuBackend(Backend):
                 check="restoration",
                 reason="importing jax sets TF_CPP_MIN_LOG_LEVEL, TPU_SKIP_MDS_QUERY and, beside "
                 "libtpu, TPU_LIBRARY_PATH, which it and libtpu read later; they stay",
+            ),
+            *(
+                Gap(op=name, check="kernel", reason="no kernel for TPUs yet")
+                for name in CONTRACTS
+                if name not in _kernels()
             ),
         )
 
