@@ -134,6 +134,8 @@ def test_the_kit_met_every_operator_in_every_dtype(reports: Path) -> None:
     }
     for name, op in ops.items():
         for dtype in ("float32", "bfloat16", "float16"):
-            wanted = {"kernel"} if name in NOT_WRITTEN else least
-            assert set(op[dtype]["checks"]) >= wanted, f"{name} {dtype}"
+            if name in NOT_WRITTEN:
+                assert set(op[dtype]["gaps"]) == {"kernel"}, f"{name} {dtype}"
+                continue
+            assert set(op[dtype]["checks"]) >= least, f"{name} {dtype}"
             assert "broken" not in op[dtype]
