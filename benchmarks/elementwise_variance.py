@@ -321,6 +321,8 @@ def survey(dtypes: list[torch.dtype], part: int, parts: int) -> dict[str, Any]:
         for dtype in dtypes:
             try:
                 plain, special = (measure(call, dtype, special) for special in (False, True))
+            except torch.AcceleratorError:  # a GPU that stopped computes nothing any more
+                raise
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 reason = str(error).splitlines()[0]
                 continue
