@@ -110,7 +110,6 @@ def _block(
 
     CARE: masked keys may have infinite or NaN values. See `_attention_kernel`.
     """
-    BM: tl.constexpr = tile_q.shape[0]
     d, dv = tl.arange(0, tile_q.shape[1]), tl.arange(0, DV)
     columns = tl.arange(0, _BLOCK)
     key = from_ + columns
@@ -128,7 +127,6 @@ def _block(
     takes_part = there[None, :] & active[:, None]
     if CAUSAL:
         takes_part = takes_part & (key[None, :] <= row[:, None])
-    added = tl.zeros((BM, _BLOCK), tl.float32)
     if MASKED:
         at = mask_rows[:, None] + key.to(tl.int64)[None, :] * mask_column
         added = tl.load(mask + at, mask=takes_part, other=0.0).to(tl.float32)
@@ -136,14 +134,11 @@ def _block(
         added = added * _LOG2_E
     if not FULL:
         s = tl.where(takes_part, s, float("-inf"))
-    # Scores are s * scale + added: one rounding, also where a mask adds nothing.
-    if MASKED:
-        u = tl.fma(s, tl.full(s.shape, scale, tl.float32), added)
-        top = tl.max(tl.where(takes_part, u, float("-inf")), 1)
-    else:
-        top = tl.max(s, 1) * scale
-    offset = added - tl.where(top == float("-inf"), 0.0, top)[:, None]
-    p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), offset))
+    # Scores are s * scale + added: one rounding, also where a mask adds nothing. They are rounded
+    # before their maximum is taken off, so that the largest weight is one at any magnitude.
+    u = tl.fma(s, tl.full(s.shape, scale, tl.float32), added) if MASKED else s * scale
+    top = tl.max(u, 1)
+    p = tl.exp2(u - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = _sum(p)
     p = p.to(v.dtype.element_ty)
     at = v + from_.to(tl.int64) * v_row + columns.to(tl.int64)[:, None] * v_row + dv[None, :]

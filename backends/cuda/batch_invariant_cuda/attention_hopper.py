@@ -143,8 +143,7 @@ def _weights(s, row, begin, keys, shift, scale, dtype, MASKED: gl.constexpr, CAU
         s = gl.where(takes_part, s, float("-inf"))
     top = gl.max(s, 1) * scale
     base = gl.where(top == float("-inf"), 0.0, top)
-    zero = gl.full([_HALF, _KEYS], 0.0, gl.float32, LAYOUT)
-    p = gl.exp2(gl.fma(s, zero + scale, zero - base[:, None]))
+    p = gl.exp2(s * scale - base[:, None])
     return top, gl.convert_layout(_sum(p), gl.SliceLayout(1, LAYOUT)), p.to(dtype)
 
 

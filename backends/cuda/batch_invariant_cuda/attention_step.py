@@ -127,7 +127,7 @@ def attention_step(
         s = gl.where((key < keys)[:, None], s, float("-inf"))
         next_top = gl.max(s, 0) * scale
         base = gl.where(next_top == float("-inf"), 0.0, next_top)
-        p = gl.exp2(gl.fma(s, zero + scale, zero - base[None, :]))
+        p = gl.exp2(s * scale - base[None, :])
         pbuf.store(p.to(kd.dtype))
         fence_async_shared()
         next_total = gl.convert_layout(_sum(p), COLUMN)

@@ -215,6 +215,21 @@ class TestLowPrecision:
         assert (lse[0, :, 0] == -math.inf).all()
         assert (out[0, :, 0] == 0).all()
 
+    @pytest.mark.parametrize("rows", [1, 75])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_scores_of_any_magnitude_keep_their_order(
+        self, dtype: torch.dtype, size: int, rows: int, masked: bool
+    ) -> None:
+        draw = Draw(dtype, size)
+        q, k, v = draw.heads(8, rows), draw.heads(2, 1500), draw.values(1500)
+        mask = torch.ones(2, 1, rows, 1500, dtype=torch.bool, device="cuda") if masked else None
+        out, lse = GPU(q, k, v, mask, 0.0, False, scale=1e12, enable_gqa=True)
+        scores = q.double() @ k.double().repeat_interleave(4, 1).mT * 1e12
+        largest, at = scores.max(-1)
+        index = at[..., None].expand(*at.shape, size)
+        assert torch.equal(out, v.repeat_interleave(4, 1).gather(2, index))
+        assert ((lse.double() / largest - 1).abs() < 1e-5).all()
+
     @pytest.mark.parametrize("pad", [1, 64, 700])
     def test_ignores_masked_keys_before_and_behind(
         self, dtype: torch.dtype, size: int, pad: int
