@@ -25,7 +25,6 @@ from batch_invariant_cuda.attention_blocks import (
     NOBODY,
     attention_blocks,
     mend,
-    prepare_mask,
 )
 from batch_invariant_cuda.attention_chains import (
     ADDITIVE_MASK,
@@ -35,6 +34,7 @@ from batch_invariant_cuda.attention_chains import (
     attention_chains,
 )
 from batch_invariant_cuda.attention_merge import BLOCK, combine
+from batch_invariant_cuda.attention_plan import empty_plan, plan_rows, prepare_mask
 from batch_invariant_cuda.attention_ring import (
     few_rows,
     many_rows,
@@ -186,6 +186,24 @@ def _few(
     return again
 
 
+def _prepared(
+    mask: torch.Tensor, q: torch.Tensor, keys: int, planned: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What is added to the scores, the first key of each row, and the plan of each head."""
+    given = mask.expand(-1, -1, q.size(2), keys)
+    is_bool = mask.dtype == torch.bool
+    if is_bool:
+        given = given.view(torch.uint8)
+        mask = torch.empty(given.shape, dtype=q.dtype, device=q.device)
+    first = torch.empty(given.shape[:3], dtype=torch.int32, device=q.device)
+    plan = empty_plan(first) if planned else None
+    numbers = (given.size(1), q.size(2), keys, *given.stride())
+    prepare_mask(first.numel(), (given, mask, first, plan), numbers, (is_bool,), 4)
+    if plan is not None:
+        plan_rows(plan[..., 0].numel(), (first, plan), (q.size(2),), (), 4)
+    return mask, first, plan
+
+
 def _blocks(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -203,24 +221,10 @@ def _blocks(
     kv_heads, keys, v_size = v.shape[1:]
     group = heads // max(kv_heads, 1)
     processors = multiprocessors(q.device.index) if q.is_cuda else 1
-    odd = start = None
-    hopper = mask is None and takes_many(q, k, v)
-    if hopper:
-        if is_causal:
-            odd = torch.empty(marks(q), dtype=torch.int8, device=q.device)
-        start = many_rows(q, k, v, out, lse, odd, factor)
-        if odd is None:
-            return None if start is None else lambda *addresses: start(*addresses, None)
-    first, strides, firsts = None, (0, 0, 0, 0), (0, 0, 0)
+    hopper = takes_many(q, k, v)
+    first, plan, strides, firsts = None, None, (0, 0, 0, 0), (0, 0, 0)
     if mask is not None:
-        is_bool = mask.dtype == torch.bool
-        given = mask.expand(-1, -1, rows, keys)
-        if is_bool:
-            given = given.view(torch.uint8)
-            mask = torch.empty(given.shape, dtype=q.dtype, device=q.device)
-        first = torch.empty(given.shape[:3], dtype=torch.int32, device=q.device)
-        numbers = (given.size(1), rows, keys, *given.stride())
-        prepare_mask(first.numel(), (given, mask, first), numbers, (is_bool,), 4)
+        mask, first, plan = _prepared(mask, q, keys, hopper)
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
     depth, v_depth = _padded(size), _padded(v_size)
@@ -234,12 +238,19 @@ def _blocks(
     unit = 1 if any(stride % 8 for x in (q, k, v) for stride in x.stride()[:3]) else 8
     parts = _parts(q, blocks, v_size) if split else None
     programs = tiles * -(-blocks // run) if split else tiles
+    cared = mask is not None or is_causal
     care = NOBODY
-    if mask is not None or is_causal:
+    if cared:
         care = INSIDE if how.rows <= 16 or split else MARK
-    if care == MARK and not hopper:
-        odd = torch.empty(tiles, dtype=torch.int8, device=q.device)
-    tensors = (q, k, v, mask, first, out, lse, parts, odd)
+    general = not hopper or mask is not None  # heads of a mask that have no plan
+    marked = marks(q) if hopper and cared else 0
+    marks_of_all = marked + (tiles if general and care == MARK else 0)
+    odd = torch.empty(marks_of_all, dtype=torch.int8, device=q.device) if marks_of_all else None
+    start = None
+    if hopper:
+        start = many_rows(q, k, v, out, lse, odd if marked else None, plan, is_causal, factor)
+        if not cared:
+            return None if start is None else lambda *addresses: start(*addresses, None, None)
     numbers = (
         heads, group, rows, keys, size, v_size, per_head, blocks, run,
         *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides,
@@ -247,16 +258,18 @@ def _blocks(
     )  # fmt: skip
     whole = (depth, v_depth) == (size, v_size)
     static = (how.rows, depth, v_depth, mask is not None, is_causal, whole, split)
-    if not hopper:
+    tensors = (q, k, v, mask, first, out, lse, parts)
+    if general:
+        own = None if odd is None else odd[marked:]
         rest = (*static, care, how.stages, unit)
-        attention_blocks(programs, tensors, numbers, rest, how.warps)
+        attention_blocks(programs, (*tensors, own, plan), numbers, rest, how.warps)
     if odd is not None:
         launch = (
-            *(min(tiles, processors), tensors, (*numbers, odd.numel(), tiles)),
+            *(min(tiles, processors), (*tensors, odd, None), (*numbers, odd.numel(), tiles)),
             *((*static, INSIDE, 1, unit), how.warps),
         )
         mend(*launch)
-        fix = mend.repeat(*launch)
+        fix = mend.repeat(*launch) if start is not None and mask is None else None
         if start is not None and fix is not None:
             return _marked(start, fix, odd)
     _combine(parts, out, lse, is_causal)
@@ -269,8 +282,8 @@ def _marked(start: Callable[..., None], fix: Callable[..., None], odd: torch.Ten
 
     def again(q: int, k: int, v: int, out: int, lse: int) -> None:
         odd = torch.empty(count, dtype=torch.int8, device=device)
-        start(q, k, v, out, lse, odd.data_ptr())
-        fix(q, k, v, None, None, out, lse, None, odd.data_ptr())
+        start(q, k, v, out, lse, odd.data_ptr(), None)
+        fix(q, k, v, None, None, out, lse, None, odd.data_ptr(), None)
 
     return again
 

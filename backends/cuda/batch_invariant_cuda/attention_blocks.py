@@ -17,57 +17,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batch_invariant_cuda.attention_merge import BLOCK, finish, merge
+from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge
+from batch_invariant_cuda.attention_plan import plan_length
 from batch_invariant_cuda.row_launch import RowKernel
 
 _BLOCK = tl.constexpr(BLOCK)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _NOWHERE = tl.constexpr(2**31 - 1)
-# Masks are also written as the lowest number of a dtype. A key this far below the row's largest
-# addend is not where the row's keys begin; it is added all the same, before them.
-_FAR = tl.constexpr(1e4)
 
 # Who looks after infinite and NaN values of masked keys: nobody (no key is masked, or none can be
 # odd); the loop itself; a second launch, if the first one marks an odd result. The loop itself
 # needs too many registers for many rows.
 NOBODY, INSIDE, MARK = range(3)
 _INSIDE, _MARK = tl.constexpr(INSIDE), tl.constexpr(MARK)
-
-
-@triton.jit(do_not_specialize=["heads", "rows", "keys", "batch_", "head_", "row_", "column_"])
-def _mask_kernel(
-    mask, added, first, heads, rows, keys, batch_, head_, row_, column_, BOOL: tl.constexpr
-):
-    """The first key that each row of a mask lets take part; 2^31 - 1 where there is none.
-
-    A boolean mask is also written as what is added to the scores: a load of single bytes among the
-    operands of a product changes which terms the matrix units add in one step.
-    """
-    task = tl.program_id(0).to(tl.int64)
-    row, head, batch = task % rows, task // rows % heads, task // rows // heads
-    from_ = mask + batch * batch_ + head * head_ + row * row_
-    columns = tl.arange(0, 1024)
-    least = float("-inf")
-    if not BOOL:
-        top = tl.full((1024,), float("-inf"), tl.float32)
-        for begin in tl.range(0, keys, 1024):
-            key = begin + columns
-            m = tl.load(from_ + key.to(tl.int64) * column_, mask=key < keys, other=float("-inf"))
-            top = tl.maximum(top, m.to(tl.float32))
-        least = tl.max(top, 0) - _FAR
-    found = tl.full((1024,), _NOWHERE, tl.int32)
-    for begin in tl.range(0, keys, 1024):
-        key = begin + columns
-        m = tl.load(from_ + key.to(tl.int64) * column_, mask=key < keys, other=0)
-        if BOOL:
-            here = m != 0
-            y = tl.where(here, 0.0, float("-inf")).to(added.dtype.element_ty)
-            tl.store(added + task * keys + key, y, mask=key < keys)
-        else:
-            m = m.to(tl.float32)
-            here = (m != float("-inf")) & ~(m < least)
-        found = tl.minimum(found, tl.where(here & (key < keys), key, _NOWHERE))
-    tl.store(first + task, tl.min(found, 0))
 
 
 @triton.jit
@@ -130,8 +91,8 @@ def _block(
     if MASKED:
         at = mask_rows[:, None] + key.to(tl.int64)[None, :] * mask_column
         added = tl.load(mask + at, mask=takes_part, other=0.0).to(tl.float32)
+        added = added * LOG2_E
         takes_part = takes_part & (added != float("-inf"))
-        added = added * _LOG2_E
     if not FULL:
         s = tl.where(takes_part, s, float("-inf"))
     # Scores are s * scale + added: one rounding, also where a mask adds nothing. They are rounded
@@ -159,7 +120,7 @@ def _block(
 @triton.jit
 def _tile(
     task,
-    q, k, v, mask, first, out, lse, parts, odd,
+    q, k, v, mask, first, out, lse, parts, odd, plan,
     heads, group, rows, keys, size, v_size, tiles, blocks, run,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
@@ -170,6 +131,7 @@ def _tile(
     """BM rows of the heads that share a key head: row 0 of each head, row 1 of each, ...
 
     SPLIT: `run` of the `blocks` of keys, to be put together with the others by `attention_merge`.
+    plan: of the mask, where rows of heads that have one are computed elsewhere.
     CARE: who looks after odd values; MARK writes to `odd` whether a tile has odd results. Strides
     of q, k and v come divided by UNIT, so that the compiler knows what they are multiples of.
     """
@@ -210,6 +172,10 @@ def _tile(
         at = batch * first_batch + head * first_head + row.to(tl.int64) * first_row
         starts = tl.load(first + at, mask=valid, other=_NOWHERE)
     left = tl.where(valid, starts, -1)
+    if plan is not None:
+        of = (batch * first_batch + head * first_head) // rows
+        planned = tl.load(plan + of * plan_length(rows), mask=valid, other=0)
+        left = tl.where(tl.min(planned, 0) >= 0, -1, left)
     marked = 0
     more = tl.max(left, 0) >= 0
     while more:
@@ -280,7 +246,7 @@ _NUMBERS = [
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def _attention_kernel(
-    q, k, v, mask, first, out, lse, parts, odd,
+    q, k, v, mask, first, out, lse, parts, odd, plan,
     heads, group, rows, keys, size, v_size, tiles, blocks, run,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
@@ -290,7 +256,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """One tile, or one run of its keys."""
     _tile(
-        tl.program_id(0), q, k, v, mask, first, out, lse, parts, odd,
+        tl.program_id(0), q, k, v, mask, first, out, lse, parts, odd, plan,
         heads, group, rows, keys, size, v_size, tiles, blocks, run,
         q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
         mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
@@ -300,7 +266,7 @@ def _attention_kernel(
 
 @triton.jit(do_not_specialize=[*_NUMBERS, "marks", "all_tiles"])
 def _mend_kernel(
-    q, k, v, mask, first, out, lse, parts, odd,
+    q, k, v, mask, first, out, lse, parts, odd, plan,
     heads, group, rows, keys, size, v_size, tiles, blocks, run,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
@@ -318,7 +284,7 @@ def _mend_kernel(
     if found != 0:
         for task in tl.range(tl.program_id(0), all_tiles, tl.num_programs(0)):
             _tile(
-                task, q, k, v, mask, first, out, lse, parts, odd,
+                task, q, k, v, mask, first, out, lse, parts, odd, plan,
                 heads, group, rows, keys, size, v_size, tiles, blocks, run,
                 q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                 mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row,
@@ -326,6 +292,5 @@ def _mend_kernel(
             )  # fmt: skip
 
 
-prepare_mask = RowKernel(_mask_kernel)
 attention_blocks = RowKernel(_attention_kernel)
 mend = RowKernel(_mend_kernel)

@@ -20,12 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import PropagateNan
 
 from batch_invariant_cuda.attention_merge import BLOCK
+from batch_invariant_cuda.attention_plan import ROWS
 
-ROWS = 128  # of a tile, in two halves
 KEYS = BLOCK
 
 _ROWS = gl.constexpr(ROWS)
-_HALF = gl.constexpr(ROWS // 2)
+_HALF = gl.constexpr(ROWS // 2)  # of a tile, to each computing group
 _KEYS = gl.constexpr(KEYS)
 _ALL = gl.constexpr(PropagateNan.ALL)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -67,21 +67,38 @@ def _turns(units):
 
 
 @gluon.jit
-def _ends(block, keys, shift, CAUSAL: gl.constexpr):
-    """Blocks of keys that all rows of a tile attend to, and blocks that some do: at least one."""
-    end = keys
+def _planned(plan, head, q_heads, blocks, rows, mask_batch, mask_head):
+    """Where the plan of a head's mask begins."""
+    mask = head // q_heads * mask_batch + head % q_heads * mask_head
+    return plan + mask.to(gl.int64) * (1 + 2 * blocks + rows)
+
+
+@gluon.jit
+def _walk(
+    plan, head, block, q_heads, blocks, rows, keys, mask_batch, mask_head, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """The first key of a tile, the blocks of keys that all its rows attend to, and those that some
+    do: at least one."""
+    start = 0
     full = keys
-    if CAUSAL:
-        end = gl.minimum(keys, block * _ROWS + _ROWS + shift)
-        full = gl.maximum(gl.minimum(keys, block * _ROWS + 1 + shift), 0)
+    end = keys
+    if plan is not None:
+        at = _planned(plan, head, q_heads, blocks, rows, mask_batch, mask_head)
+        first = gl.load(at)
+        start = gl.maximum(first, 0)
+        full = gl.maximum(gl.load(at + 1 + 2 * block) - start, 0)
+        end = gl.where(first < 0, 0, gl.load(at + 2 + 2 * block) - start)
+    elif CAUSAL:
+        full = gl.minimum(keys, block * _ROWS + 1)
+        end = gl.minimum(keys, block * _ROWS + _ROWS)
     end = gl.maximum((end + _KEYS - 1) // _KEYS, 1)
-    return gl.minimum(full // _KEYS, end - 1), end
+    return start, gl.minimum(full // _KEYS, end - 1), end
 
 
 @gluon.jit
 def _copy(
-    qd, kd, vd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-    heads, q_heads, group, keys, shift, blocks, section, units,
+    qd, kd, vd, plan, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
+    heads, q_heads, group, rows, keys, blocks, section, units, mask_batch, mask_head,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
@@ -89,9 +106,11 @@ def _copy(
     turns = _turns(units)
     for turn in range(0, turns + 1):
         head, block = _place(_turn(turn, units), heads, blocks, section)
+        start, _, end = _walk(
+            plan, head, block, q_heads, blocks, rows, keys, mask_batch, mask_head, CAUSAL
+        )
         batch, head = head // q_heads, head % q_heads
         kv_head = head // group
-        _, end = _ends(block, keys, shift, CAUSAL)
         end = gl.where(turn < turns, end, 1)
         slot = turn % 3
         mbarrier.wait(q_free.index(slot), (turn // 3 & 1) ^ 1)
@@ -108,7 +127,7 @@ def _copy(
             mbarrier.wait(k_free.index(slot), phase)
             bar = k_full.index(slot)
             mbarrier.expect(bar, _KEYS * D * 2)
-            at = [batch, kv_head, j * _KEYS, 0]
+            at = [batch, kv_head, start + j * _KEYS, 0]
             tma.async_copy_global_to_shared(kd, at, bar, kbuf.index(slot))
             if turn < turns:
                 mbarrier.wait(v_free.index(slot), phase)
@@ -132,15 +151,12 @@ def _sum(p):
 
 
 @gluon.jit
-def _weights(s, row, begin, keys, shift, scale, dtype, MASKED: gl.constexpr, CAUSAL: gl.constexpr):
+def _weights(s, last, begin, scale, dtype, MASKED: gl.constexpr):
     """Maximum, denominator and weights of one block of keys, from its scores."""
     LAYOUT: gl.constexpr = s.type.layout
     if MASKED:
-        key = (begin + gl.arange(0, _KEYS, gl.SliceLayout(0, LAYOUT)))[None, :]
-        takes_part = key < keys
-        if CAUSAL:
-            takes_part = takes_part & (key <= row[:, None] + shift)
-        s = gl.where(takes_part, s, float("-inf"))
+        key = begin + gl.arange(0, _KEYS, gl.SliceLayout(0, LAYOUT))
+        s = gl.where(key[None, :] < last[:, None], s, float("-inf"))
     top = gl.max(s, 1) * scale
     base = gl.where(top == float("-inf"), 0.0, top)
     p = gl.exp2(s * scale - base[:, None])
@@ -160,15 +176,13 @@ def _scores(q, kbuf, k_full, k_free, step, D: gl.constexpr, STAGES: gl.constexpr
 
 @gluon.jit
 def _weigh(
-    top, total, s, vbuf, v_full, step, row, begin, keys, shift, scale,
-    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+    top, total, s, vbuf, v_full, step, last, begin, scale,
+    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Begins the weighted sum of a block of values; new maximum and sum, and the factors of both
     weighted sums."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    next_top, next_total, p = _weights(
-        s, row, begin, keys, shift, scale, vbuf.dtype, MASKED, CAUSAL
-    )
+    next_top, next_total, p = _weights(s, last, begin, scale, vbuf.dtype, MASKED)
     p = gl.convert_layout(p, gl.DotOperandLayout(0, LAYOUT, 2))
     slot = step % STAGES
     mbarrier.wait(v_full.index(slot), step // STAGES & 1)
@@ -187,13 +201,12 @@ def _weigh(
 
 @gluon.jit
 def _step(
-    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, row, begin, keys,
-    shift, scale, D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, last, begin, scale,
+    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The state after a block of scores s, and the scores of the next block."""
     top, total, part, old, new = _weigh(
-        top, total, s, vbuf, v_full, step, row, begin, keys, shift, scale, D, STAGES, MASKED, CAUSAL
+        top, total, s, vbuf, v_full, step, last, begin, scale, D, STAGES, MASKED
     )
     part = warpgroup_mma_wait(0, deps=[part])
     mbarrier.arrive(v_free.index(step % STAGES))
@@ -228,8 +241,8 @@ def _finish(od, lse, buf, top, total, acc, head, q_heads, rows, row, at):
 
 @gluon.jit
 def _attend(
-    od, lse, odd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-    heads, q_heads, rows, keys, shift, blocks, section, units, scale,
+    od, lse, odd, plan, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
+    heads, q_heads, rows, keys, blocks, section, units, mask_batch, mask_head, scale,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One computing group of four warps: one half of the rows of every tile."""
@@ -245,9 +258,18 @@ def _attend(
     mbarrier.arrive(k_free.index(0))
     for turn in range(0, _turns(units)):
         head, block = _place(_turn(turn, units), heads, blocks, section)
-        full, end = _ends(block, keys, shift, CAUSAL)
+        start, full, end = _walk(
+            plan, head, block, q_heads, blocks, rows, keys, mask_batch, mask_head, CAUSAL
+        )
         at = block * _ROWS + WHICH * _HALF
         row = at + gl.arange(0, _HALF, ROW)
+        # The key behind each row's last one.
+        last = gl.full([_HALF], keys, gl.int32, ROW)
+        if plan is not None:
+            ends = _planned(plan, head, q_heads, blocks, rows, mask_batch, mask_head)
+            last = gl.load(ends + 1 + 2 * blocks + row, mask=row < rows, other=0)
+        elif CAUSAL:
+            last = gl.minimum(last, row + 1)
         buf = qbuf.index(turn % 3 * 2 + WHICH)
         q = buf.reshape([_HALF, D])
         top = gl.full([_HALF], float("-inf"), gl.float32, ROW)
@@ -256,18 +278,18 @@ def _attend(
         for j in range(0, full):
             top, total, acc, s = _step(
                 top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                row, j * _KEYS, keys, shift, scale, D, STAGES, False, CAUSAL,
+                last, start + j * _KEYS, scale, D, STAGES, False,
             )  # fmt: skip
             step += 1
         for j in range(full, end - 1):
             top, total, acc, s = _step(
                 top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                row, j * _KEYS, keys, shift, scale, D, STAGES, True, CAUSAL,
+                last, start + j * _KEYS, scale, D, STAGES, True,
             )  # fmt: skip
             step += 1
         top, total, part, old, new = _weigh(
-            top, total, s, vbuf, v_full, step, row, (end - 1) * _KEYS, keys, shift, scale,
-            D, STAGES, True, CAUSAL,
+            top, total, s, vbuf, v_full, step, last, start + (end - 1) * _KEYS, scale,
+            D, STAGES, True,
         )  # fmt: skip
         # The results of the turn before have left its buffer by now.
         tma.store_wait(0)
@@ -281,31 +303,34 @@ def _attend(
         q = qbuf.index(slot * 2 + WHICH).reshape([_HALF, D])
         following = _scores(q, kbuf, k_full, k_free, step, D, STAGES)
         acc = gl.fma(part, new, acc * old)
-        if CAUSAL:
+        if odd is not None:
             largest = _larger(largest, gl.reduce(gl.abs(acc), 1, _larger))
         _finish(od, lse, buf, top, total, acc, head, q_heads, rows, row, at)
         s = warpgroup_mma_wait(0, deps=[following])
         mbarrier.arrive(k_free.index(step % STAGES))
     tma.store_wait(0)
-    if CAUSAL:
+    if odd is not None:
         finite = gl.reduce(largest, 0, _larger) < float("inf")
         gl.store(odd + gl.program_id(0) * 2 + WHICH, gl.where(finite, 0, 1).to(gl.int8))
 
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "q_heads", "group", "rows", "keys", "shift", "blocks", "section", "units"
+        "heads", "q_heads", "group", "rows", "keys", "blocks", "section", "units", "mask_batch",
+        "mask_head",
     ]
 )  # fmt: skip
 def attention_ring(
-    qd, kd, vd, od, lse, odd,
-    heads, q_heads, group, rows, keys, shift, blocks, section, units, scale: gl.float32,
+    qd, kd, vd, od, lse, odd, plan,
+    heads, q_heads, group, rows, keys, blocks, section, units, mask_batch, mask_head,
+    scale: gl.float32,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """128 rows of a head at a time; heads: of all batches; blocks: of rows.
 
-    shift: row r attends to keys up to r + shift, where CAUSAL. Then `odd` says for each computing
-    group whether some result of its rows is not finite.
+    plan: of a mask, as `attention_plan` makes it; results of heads without a plan mean nothing.
+    odd: where masked keys may have odd values; it says for each computing group whether some result
+    of its rows is not finite.
     """
     qbuf = gl.allocate_shared_memory(qd.dtype, [6] + qd.block_type.shape, qd.layout)
     kbuf = gl.allocate_shared_memory(kd.dtype, [STAGES] + kd.block_type.shape, kd.layout)
@@ -328,18 +353,20 @@ def attention_ring(
     gl.warp_specialize(
         [
             (_attend, (
-                od, lse, odd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, q_heads, rows, keys, shift, blocks, section, units, scale,
+                od, lse, odd, plan, qbuf, kbuf, vbuf,
+                q_full, q_free, k_full, k_free, v_full, v_free, heads, q_heads,
+                rows, keys, blocks, section, units, mask_batch, mask_head, scale,
                 0, D, STAGES, CAUSAL,
             )),
             (_attend, (
-                od, lse, odd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, q_heads, rows, keys, shift, blocks, section, units, scale,
+                od, lse, odd, plan, qbuf, kbuf, vbuf,
+                q_full, q_free, k_full, k_free, v_full, v_free, heads, q_heads,
+                rows, keys, blocks, section, units, mask_batch, mask_head, scale,
                 1, D, STAGES, CAUSAL,
             )),
             (_copy, (
-                qd, kd, vd, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, q_heads, group, keys, shift, blocks, section, units,
+                qd, kd, vd, plan, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
+                heads, q_heads, group, rows, keys, blocks, section, units, mask_batch, mask_head,
                 D, STAGES, CAUSAL,
             )),
         ],

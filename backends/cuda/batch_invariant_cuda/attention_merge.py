@@ -10,6 +10,7 @@ from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import FEW, take_turn
 
 BLOCK = 128  # keys
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 _BLOCK = tl.constexpr(BLOCK)
 _LN_2 = tl.constexpr(0.6931471805599453)

@@ -43,7 +43,7 @@ def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def takes_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `many_rows` takes a call without a mask."""
+    """Whether `many_rows` takes a call, masked rows aside that have no plan."""
     return q.size(2) >= _MANY and _fits(q, k, v)
 
 
@@ -86,7 +86,8 @@ class _Kernel:
         """
         device = described[0].base.get_device()
         with torch.cuda.device(device):
-            key = (device, described[0].base.dtype, static)
+            given = tuple(x is not None for x in tensors)
+            key = (device, described[0].base.dtype, given, static)
             kernel = self._compiled.get(key)
             if kernel is None:
                 kernel = self._fn.warmup(
@@ -137,10 +138,15 @@ def _kernels() -> tuple[_Kernel, _Kernel]:
     return _Kernel(attention_ring), _Kernel(attention_step)
 
 
+def _programs(q: torch.Tensor) -> int:
+    """Of `many_rows`: each takes several tiles."""
+    tiles = q.size(0) * q.size(1) * -(-q.size(2) // ROWS)
+    return min(tiles, multiprocessors(q.device.index))
+
+
 def marks(q: torch.Tensor) -> int:
     """How many marks `many_rows` makes: one for each group of warps that computes."""
-    units = q.size(0) * q.size(1) * -(-q.size(2) // ROWS)
-    return 2 * min(units, multiprocessors(q.device.index))
+    return 2 * _programs(q)
 
 
 def many_rows(
@@ -150,11 +156,14 @@ def many_rows(
     out: torch.Tensor,
     lse: torch.Tensor,
     odd: torch.Tensor | None,
+    plan: torch.Tensor | None,
+    is_causal: bool,
     factor: float,
 ) -> Start | None:
-    """Computes `out` and `lse`; causal with `odd`, of `marks`, set where a result is not finite.
+    """Computes `out` and `lse`; sets `odd`, of `marks`, where a result is not finite.
 
-    And how to do it again, called with the addresses of q, k, v, out, lse and odd.
+    plan: [batch or 1, heads or 1, ...] of a mask, see `attention_plan`.
+    And how to do it again, called with the addresses of q, k, v, out, lse, odd and plan.
     """
     batch, heads, rows, size = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -162,15 +171,18 @@ def many_rows(
     blocks = -(-rows // ROWS)
     units = batch * heads * blocks
     section = max(1, SECTION // (4 * keys * size)) * group
+    of_mask = (0, 0)
+    if plan is not None:
+        of_mask = plan.size(1) if plan.size(0) > 1 else 0, int(plan.size(1) > 1)
     return _kernels()[0](
-        marks(q) // 2,
+        _programs(q),
         (
             _described(q, ROWS // 2), _described(k, KEYS), _described(v, KEYS),
             _described(out, ROWS // 2),
         ),
-        (lse, odd),
-        (batch * heads, heads, group, rows, keys, 0, blocks, section, units, factor),
-        (size, _STAGES, odd is not None),
+        (lse, odd, plan),
+        (batch * heads, heads, group, rows, keys, blocks, section, units, *of_mask, factor),
+        (size, _STAGES, is_causal),
     )  # fmt: skip
 
 

@@ -107,6 +107,12 @@ def test_fp32_of_nan_queries_is_nan() -> None:
             assert mismatch(c, g.cpu()) is None
 
 
+def one_run(mask: torch.Tensor) -> bool:
+    """Whether the keys of every row of a mask are one run, from the same key for all rows."""
+    keys = [row.nonzero().flatten().tolist() for row in mask if row.any()]
+    return len({k[0] for k in keys}) < 2 and all(k[-1] - k[0] + 1 == len(k) for k in keys)
+
+
 def general(patch: pytest.MonkeyPatch) -> None:
     """No call goes to the kernels for Hopper any more."""
     patch.setattr(attention, "takes_many", lambda *_: False)
@@ -166,6 +172,49 @@ class TestHopper:
         found = attend(q, k, v, causal=causal)
         general(monkeypatch)
         assert same(found, attend(q, k, v, causal=causal))
+
+    @pytest.mark.parametrize("lengths", [(64, 64), (200, 1), (300, 300), (129, 700)], ids=str)
+    @pytest.mark.parametrize("kind", ["bool", "infinite", "lowest", "heads"])
+    def test_masked_rows_have_the_bits_of_the_general_kernel(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype,
+        size: int,
+        kind: str,
+        lengths: tuple[int, int],
+    ) -> None:
+        rows, keys = lengths
+        draw = Draw(dtype, size)
+        q, k, v = draw.heads(8, rows), draw.heads(2, keys), draw.values(keys)
+        columns = torch.arange(keys, device="cuda")
+        causal = columns <= torch.arange(rows, device="cuda")[:, None] + keys - rows
+        # A batch padded on the left and one on the right; rows without keys in both.
+        mask = torch.stack([causal & (columns >= keys // 3), causal & (columns < keys // 2)])[
+            :, None
+        ]
+        if kind == "heads":  # of which only some have a plan
+            mask = mask.repeat(1, 8, 1, 1)
+            mask[0, 3] &= columns != keys // 2
+            mask[1, 5] &= columns > torch.arange(rows, device="cuda")[:, None] - 20
+        v[0, 0, 0], v[1, 1, -1], k[0, 1, 0] = math.inf, math.nan, math.nan
+        if kind in ("infinite", "lowest"):
+            mask = added(mask, dtype, -math.inf if kind == "infinite" else torch.finfo(dtype).min)
+        seen: list[torch.Tensor] = []
+        many_rows = attention.many_rows
+        monkeypatch.setattr(
+            attention, "many_rows", lambda *a: (seen.append(a[-3]), many_rows(*a))[1]
+        )
+        found = attend(q, k, v, mask)
+        (plan,) = seen
+        on = mask if mask.dtype == torch.bool else mask == 0
+        planned = [[one_run(head) for head in heads] for heads in on.cpu()]
+        if (kind, dtype) == ("lowest", torch.float16):  # -65504 is a score like others
+            planned = [[False], [False]]
+        assert (plan[..., 0] >= 0).tolist() == planned
+        general(monkeypatch)
+        assert same(found, attend(q, k, v, mask))
+        if kind == "infinite":
+            assert same(found, attend(q, k, v, mask == 0))
 
     @pytest.mark.parametrize("rows", [1, 4])
     @pytest.mark.parametrize("keys", [1, 127, 128, 129, 5000])
