@@ -78,21 +78,19 @@ def _walk(
     plan, head, block, q_heads, blocks, rows, keys, mask_batch, mask_head, CAUSAL: gl.constexpr
 ):  # fmt: skip
     """The first key of a tile, the blocks of keys that all its rows attend to, and those that some
-    do: at least one."""
+    do: at least one, and the last may be cut."""
     start = 0
-    full = keys
+    full = 0
     end = keys
     if plan is not None:
         at = _planned(plan, head, q_heads, blocks, rows, mask_batch, mask_head)
         first = gl.load(at)
         start = gl.maximum(first, 0)
-        full = gl.maximum(gl.load(at + 1 + 2 * block) - start, 0)
+        full = gl.maximum(gl.load(at + 1 + 2 * block) - start, 0) // _KEYS
         end = gl.where(first < 0, 0, gl.load(at + 2 + 2 * block) - start)
     elif CAUSAL:
-        full = gl.minimum(keys, block * _ROWS + 1)
         end = gl.minimum(keys, block * _ROWS + _ROWS)
-    end = gl.maximum((end + _KEYS - 1) // _KEYS, 1)
-    return start, gl.minimum(full // _KEYS, end - 1), end
+    return start, full, gl.maximum((end + _KEYS - 1) // _KEYS, 1)
 
 
 @gluon.jit
@@ -151,16 +149,19 @@ def _sum(p):
 
 
 @gluon.jit
-def _weights(s, last, begin, scale, dtype, MASKED: gl.constexpr):
+def _cut(s, last, begin):
+    """The scores of a block of keys, -inf behind each row's last key."""
+    key = begin + gl.arange(0, _KEYS, gl.SliceLayout(0, s.type.layout))
+    return gl.where(key[None, :] < last[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def _weights(s, scale, dtype):
     """Maximum, denominator and weights of one block of keys, from its scores."""
-    LAYOUT: gl.constexpr = s.type.layout
-    if MASKED:
-        key = begin + gl.arange(0, _KEYS, gl.SliceLayout(0, LAYOUT))
-        s = gl.where(key[None, :] < last[:, None], s, float("-inf"))
     top = gl.max(s, 1) * scale
     base = gl.where(top == float("-inf"), 0.0, top)
     p = gl.exp2(s * scale - base[:, None])
-    return top, gl.convert_layout(_sum(p), gl.SliceLayout(1, LAYOUT)), p.to(dtype)
+    return top, gl.convert_layout(_sum(p), gl.SliceLayout(1, s.type.layout)), p.to(dtype)
 
 
 @gluon.jit
@@ -176,13 +177,12 @@ def _scores(q, kbuf, k_full, k_free, step, D: gl.constexpr, STAGES: gl.constexpr
 
 @gluon.jit
 def _weigh(
-    top, total, s, vbuf, v_full, step, last, begin, scale,
-    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    top, total, s, vbuf, v_full, step, scale, D: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Begins the weighted sum of a block of values; new maximum and sum, and the factors of both
     weighted sums."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    next_top, next_total, p = _weights(s, last, begin, scale, vbuf.dtype, MASKED)
+    next_top, next_total, p = _weights(s, scale, vbuf.dtype)
     p = gl.convert_layout(p, gl.DotOperandLayout(0, LAYOUT, 2))
     slot = step % STAGES
     mbarrier.wait(v_full.index(slot), step // STAGES & 1)
@@ -201,13 +201,11 @@ def _weigh(
 
 @gluon.jit
 def _step(
-    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, last, begin, scale,
-    D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, scale,
+    D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The state after a block of scores s, and the scores of the next block."""
-    top, total, part, old, new = _weigh(
-        top, total, s, vbuf, v_full, step, last, begin, scale, D, STAGES, MASKED
-    )
+    top, total, part, old, new = _weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
     part = warpgroup_mma_wait(0, deps=[part])
     mbarrier.arrive(v_free.index(step % STAGES))
     following = _scores(q, kbuf, k_full, k_free, step + 1, D, STAGES)
@@ -231,9 +229,10 @@ def _finish(od, lse, buf, top, total, acc, head, q_heads, rows, row, at):
     share = gl.div_rn(1.0, gl.where(none, 1.0, total))
     e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
     gl.store(lse + head.to(gl.int64) * rows + row, e, mask=row < rows)
-    # + 0.0: blocks that change nothing make +0 of -0, and which are walked may vary.
+    # Plus 0: blocks that change nothing make +0 of -0, and which are walked may vary.
     share = gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
-    y = acc * (gl.zeros([_HALF, D], gl.float32, LAYOUT) + share) + 0.0
+    zero = gl.zeros([_HALF, D], gl.float32, LAYOUT)
+    y = gl.fma(acc, zero + share, zero)
     buf.reshape([_HALF, D]).store(y.to(od.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(od, [head // q_heads, head % q_heads, at, 0], buf)
@@ -275,22 +274,19 @@ def _attend(
         top = gl.full([_HALF], float("-inf"), gl.float32, ROW)
         total = gl.zeros([_HALF], gl.float32, ROW)
         acc = gl.zeros([_HALF, D], gl.float32, LAYOUT)
-        for j in range(0, full):
+        # One loop for whole blocks and those that are cut: of two, ptxas computed the address of q
+        # in front of the first alone.
+        for j in range(0, end - 1):
+            if plan is not None:  # noqa: SIM102  (a constexpr, and a number on the device)
+                if j >= full:
+                    s = _cut(s, last, start + j * _KEYS)
             top, total, acc, s = _step(
-                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                last, start + j * _KEYS, scale, D, STAGES, False,
+                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, scale,
+                D, STAGES,
             )  # fmt: skip
             step += 1
-        for j in range(full, end - 1):
-            top, total, acc, s = _step(
-                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step,
-                last, start + j * _KEYS, scale, D, STAGES, True,
-            )  # fmt: skip
-            step += 1
-        top, total, part, old, new = _weigh(
-            top, total, s, vbuf, v_full, step, last, start + (end - 1) * _KEYS, scale,
-            D, STAGES, True,
-        )  # fmt: skip
+        s = _cut(s, last, start + (end - 1) * _KEYS)
+        top, total, part, old, new = _weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
         # The results of the turn before have left its buffer by now.
         tma.store_wait(0)
         mbarrier.arrive(q_free.index((turn + 2) % 3), pred=turn > 0)

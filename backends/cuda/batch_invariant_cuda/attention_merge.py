@@ -32,8 +32,8 @@ def finish(top, total, acc):
     """Results [BM, DV] and log-sum-exp [BM]; 0 and -inf for rows that attend to no key."""
     none = total == 0.0
     share = tl.div_rn(1.0, tl.where(none, 1.0, total))
-    # + 0.0: blocks that change nothing make +0 of -0, and which are walked depends on the tile.
-    y = acc * share[:, None] + 0.0
+    # Plus 0: blocks that change nothing make +0 of -0, and which are walked depends on the tile.
+    y = tl.fma(acc, tl.broadcast_to(share[:, None], acc.shape), tl.zeros(acc.shape, tl.float32))
     e = tl.where(none, float("-inf"), (tl.log2(total) + top) * _LN_2)
     return tl.where(none[:, None], 0.0, y), e
 

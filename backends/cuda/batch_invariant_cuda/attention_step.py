@@ -159,7 +159,8 @@ def attention_step(
         share = gl.div_rn(1.0, gl.where(none, 1.0, total))
         e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
         gl.store(lse + place, e, mask=valid)
-        # + 0.0 as in the other kernels of this order.
-        y = acc * share[None, :] + 0.0
+        # Plus 0 as in the other kernels of this order.
+        level = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
+        y = gl.fma(acc, level + share[None, :], level)
         to = out + ((batch.to(gl.int64) * rows + row) * heads + head) * D
         gl.store(to[None, :] + column[:, None], y.to(kd.dtype), mask=valid[None, :])
