@@ -19,7 +19,7 @@ from batch_invariant.errors import BackendUnavailable
 
 FAMILIES = (
     *("matmul", "grouped", "reduce", "scan", "softmax", "norm"),
-    *("attention", "embedding", "select", "elementwise", "sample"),
+    *("attention", "varlen_attention", "embedding", "select", "elementwise", "sample"),
 )
 """Modules with a `KERNELS` table, named as in core; one that is missing is a gap."""
 

@@ -58,7 +58,7 @@ def _four(x: torch.Tensor) -> torch.Tensor:
     return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
 
 
-def _refusal(
+def refusal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> str | None:
     """Why these kernels refuse a call; None if they do not."""
@@ -101,12 +101,12 @@ def _chains(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *((0, 0, 0, 0) if mask is None else mask.stride()), factor,
         ),
-        (block, KEYS, _padded(size), _padded(v_size), kind, is_causal),
+        (block, KEYS, padded_size(size), padded_size(v_size), kind, is_causal),
         8 if wide else 4,
     )  # fmt: skip
 
 
-def _padded(size: int) -> int:
+def padded_size(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
@@ -147,7 +147,7 @@ def _combine(
         return None
     heads, rows, blocks = parts.shape[1:4]
     v_size = out.size(3)
-    depth = _padded(v_size)
+    depth = padded_size(v_size)
     width = min(depth, 32)
     launch = (
         lse.numel() * (depth // width), (parts, out, lse), (heads, rows, blocks, v_size),
@@ -227,7 +227,7 @@ def _blocks(
         mask, first, plan = _prepared(mask, q, keys, hopper)
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
-    depth, v_depth = _padded(size), _padded(v_size)
+    depth, v_depth = padded_size(size), padded_size(v_size)
     how = tile(rows * group, keys, max(depth, v_depth))
     per_head = -(-rows * group // how.rows)
     tiles = batch * kv_heads * per_head
@@ -334,7 +334,7 @@ def _attention(
             found: Pair = call(query, key, value)
             return found
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if (reason := _refusal(query, key, value)) is not None:
+    if (reason := refusal(query, key, value)) is not None:
         raise OpNotSupported(reason)
     batches = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
     lead = tuple(query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*batches))
@@ -374,6 +374,6 @@ KERNELS = {
         dtypes=frozenset(FLOATS),
         order={torch.float32: serial(), torch.bfloat16: _BLOCKWISE, torch.float16: _BLOCKWISE},
         portable=frozenset((torch.float32,)),
-        supports=_refusal,
+        supports=refusal,
     )
 }

@@ -32,7 +32,7 @@ _INSIDE, _MARK = tl.constexpr(INSIDE), tl.constexpr(MARK)
 
 
 @triton.jit
-def _sum(p):
+def block_sum(p):
     """The sum of each row of p [BM, 128], one way in any layout: two terms at a time."""
     BM: tl.constexpr = p.shape[0]
     p = tl.sum(tl.reshape(p, (BM, 2, 64)), 1)
@@ -100,7 +100,7 @@ def _block(
     u = tl.fma(s, tl.full(s.shape, scale, tl.float32), added) if MASKED else s * scale
     top = tl.max(u, 1)
     p = tl.exp2(u - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    total = _sum(p)
+    total = block_sum(p)
     p = p.to(v.dtype.element_ty)
     at = v + from_.to(tl.int64) * v_row + columns.to(tl.int64)[:, None] * v_row + dv[None, :]
     if FULL and WHOLE:

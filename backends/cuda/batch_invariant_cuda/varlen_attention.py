@@ -1,0 +1,178 @@
+"""Attention over sequences on CUDA: dense, packed or in pages; which kernel, which tile.
+
+fp32 is `varlen_chains.py`; bf16 and fp16 are `varlen_blocks.py`. Lengths stay on the device:
+nothing waits for them, and the kernels clamp them to the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from batch_invariant.backend import Kernel
+from batch_invariant.errors import OpNotSupported
+from batch_invariant.guarantee import Guarantee
+from batch_invariant.ops.contract import FLOATS
+from batch_invariant.ops.varlen_attention import check_arguments
+from batch_invariant.ops.varlen_definition import factor
+from batch_invariant.ops.varlen_layout import NAME, Layout, batch_of, capacity, check_values
+from batch_invariant.order import serial, undeclared
+from batch_invariant_cuda.attention import padded_size, refusal, run_of, tile
+from batch_invariant_cuda.attention_blocks import INSIDE, MARK, NOBODY
+from batch_invariant_cuda.attention_chains import KEYS
+from batch_invariant_cuda.attention_merge import BLOCK
+from batch_invariant_cuda.row_launch import multiprocessors
+from batch_invariant_cuda.varlen_blocks import combine_sequences, sequences_in_blocks
+from batch_invariant_cuda.varlen_chains import sequences_in_chains
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    left_pad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float | None,
+) -> Pair:
+    layout = Layout(cu_seqlens_q, cu_seqlens_k, seq_lens, left_pad, block_table)
+    check_arguments(query, key, value, sinks, layout, causal, window, soft_cap)
+    if (reason := refusal(query, key, value)) is not None:
+        raise OpNotSupported(reason)
+    devices = {x.device for x in layout if x is not None}
+    if devices == {torch.device("cpu")}:
+        check_values(query, key, layout)
+    elif devices - {query.device}:
+        raise RuntimeError(
+            f"{NAME}: lengths and pages must all be on {query.device}, where the query is, or all "
+            f"on the CPU, where they are checked; they are on {', '.join(map(str, devices))}"
+        )
+    layout = Layout(*(None if x is None else x.to(query.device).contiguous() for x in layout))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    *batch, length, heads, _ = q.shape
+    out = q.new_empty(*batch, length, heads, v.size(-1))
+    lse = q.new_empty(*batch, heads, length, dtype=torch.float32)
+    by = factor(query, scale)
+    # The largest score is that of the largest product.
+    if by <= 0:
+        q, by = (q * 0, 1.0) if by == 0 else (-q, -by)
+    if out.numel() or lse.numel():
+        _launch(q, k, v, sinks, layout, out, lse, causal, by, window, soft_cap)
+    return out, lse
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    layout: Layout,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    by: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    packed = layout.cu_seqlens_q is not None
+    sequences, room = batch_of(q, layout), capacity(k, layout)
+    heads, size, v_size = *q.shape[-2:], v.size(-1)
+    group = heads // k.size(-2)
+    tokens = q.size(0) if packed else 0
+    queries = 0 if packed else q.size(1)
+    table = layout.block_table
+    depth, v_depth = padded_size(size), padded_size(v_size)
+    lengths = (
+        *(layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seq_lens, layout.left_pad, table),
+    )
+    before = (sequences, queries, tokens, heads, group, room, size, v_size)
+    strides = (
+        *(0 if packed else q.stride(0), q.stride(-2), q.stride(-3)),
+        *(stride for x in (k, v) for stride in _strides(x, table is not None)),
+    )
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    behind = (
+        *((0, 1, 1) if table is None else (table.size(1), k.size(1), k.size(0))),
+        window or 0,
+        *(stride // unit for stride in strides),
+        *(0 if packed else lse.stride(0), lse.stride(-2)),
+    )
+    options = (causal, window is not None, soft_cap is not None)
+
+    def tiles_of(rows: int) -> int:
+        """Packed sequences have at most this many tiles, and one more behind them."""
+        if packed:
+            return (tokens * group // rows + sequences + 2) * k.size(-2)
+        return sequences * -(-queries * group // rows) * k.size(-2)
+
+    if q.dtype == torch.float32:
+        wide = max(size, v_size) > 64
+        rows = 16 if wide or queries * group <= 16 else 32
+        sequences_in_chains(
+            tiles_of(rows), (q, k, v, sinks, *lengths, out, lse),
+            (*before, *behind, by, soft_cap or 0.0),
+            (rows, KEYS, depth, v_depth, *options, unit), 8 if wide else 4,
+        )  # fmt: skip
+        return
+    each = queries if not packed else -(-tokens // max(sequences, 1))
+    how = tile(each * group, room, max(depth, v_depth))
+    tiles = tiles_of(how.rows)
+    blocks = -(-room // BLOCK)
+    processors = multiprocessors(q.device.index) if q.is_cuda else 1
+    run = run_of(tiles, max(blocks, 1), processors)
+    split = run < blocks
+    parts = odd = None
+    if split:
+        shape = (lse.numel(), blocks, v_size + 2)
+        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+    care = NOBODY
+    if causal:
+        care = INSIDE if how.rows <= 16 or split else MARK
+    if care == MARK:
+        odd = torch.empty(tiles, dtype=torch.int8, device=q.device)
+    factors = (by * math.log2(math.e), 0.0)
+    if soft_cap is not None:
+        factors = (2 * math.log2(math.e) * by / soft_cap, soft_cap * math.log2(math.e))
+    tensors = (q, k, v, sinks, *lengths, out, lse, parts, odd)
+    numbers = (*before, blocks, run, *behind, *factors, tiles)
+    static = (how.rows, depth, v_depth, *options)
+    programs = tiles * -(-blocks // run) if split else tiles
+    sequences_in_blocks(
+        programs, tensors, numbers, (*static, split, care, how.stages, unit, False), how.warps
+    )
+    if care == MARK:
+        again = (*static, False, INSIDE, 1, unit, True)
+        sequences_in_blocks(min(tiles, processors), tensors, numbers, again, how.warps)
+    if split:
+        combine_sequences(
+            lse.numel(), (parts, sinks, *lengths[:-1], out, lse),
+            (sequences, queries, tokens, heads, room, v_size, blocks, window or 0, *behind[-2:]),
+            (v_depth, *options[:2], 4 if blocks <= 4 else 16), 1,
+        )  # fmt: skip
+
+
+def _strides(x: torch.Tensor, paged: bool) -> tuple[int, int, int, int]:
+    """Of a batch, a page, a head and a row; 0 where there is none."""
+    first = x.stride(0) if x.dim() == 4 else 0
+    return (0 if paged else first, first if paged else 0, x.stride(-2), x.stride(-3))
+
+
+_BLOCKWISE = undeclared("blocks of 128 keys from the sequence's first, merged ascending")
+
+KERNELS = {
+    NAME: Kernel(
+        fn=_attention,
+        guarantee=Guarantee.SCHEDULE,
+        dtypes=frozenset(FLOATS),
+        order={torch.float32: serial(), torch.bfloat16: _BLOCKWISE, torch.float16: _BLOCKWISE},
+    )
+}
