@@ -31,8 +31,11 @@ def _capped(s, scale, cap, CAP: tl.constexpr):
     """Scores in units of log 2; with CAP, scale is that of the argument of tanh."""
     if CAP:
         # tanh t = 1 - 2 / (e^2t + 1)
-        return (1.0 - tl.div_rn(tl.full(s.shape, 2.0, tl.float32), tl.exp2(s * scale) + 1.0)) * cap
-    return s * scale
+        two = tl.full(s.shape, 2.0, tl.float32)
+        u = (1.0 - tl.div_rn(two, tl.exp2(s * scale) + 1.0)) * cap
+    else:
+        u = s * scale
+    return u
 
 
 @triton.jit
@@ -96,11 +99,11 @@ def _block(
 @triton.jit
 def _with_sink(top, total, acc, sinks, head, there):
     """The sink as a last key that has no value."""
-    if sinks is None:
-        return top, total, acc
-    sink = tl.load(sinks + head, mask=there, other=float("-inf")).to(tl.float32) * LOG2_E
-    one = tl.where(there, 1.0, 0.0)
-    return merge(top, total, acc, sink, one, tl.zeros(acc.shape, tl.float32))
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=there, other=float("-inf")).to(tl.float32) * LOG2_E
+        one = tl.where(there, 1.0, 0.0)
+        top, total, acc = merge(top, total, acc, sink, one, tl.zeros(acc.shape, tl.float32))
+    return top, total, acc
 
 
 @triton.jit

@@ -38,31 +38,43 @@ def _last_before(cuts, at, sequences, group, BM: tl.constexpr):
 
 
 @triton.jit
+def _rows(cu_q, b, sequences, tokens):
+    """The first row of a packed sequence, and how many there are."""
+    from_ = _length(cu_q, b, tokens)
+    to = from_ * 0 + tokens
+    if b < sequences:
+        to = tl.maximum(_length(cu_q, b + 1, tokens), from_)
+    return from_, to - from_
+
+
+@triton.jit
 def sequence_of_tile(cu_q, tile, sequences, queries, tokens, group, BM: tl.constexpr):
     """The sequence of a tile, the tile's number in it, its first row in storage, its queries."""
     if cu_q is None:
         per = (queries * group + BM - 1) // BM
-        return tile // per, tile % per, tile * 0, tile * 0 + queries
-    b = _last_before(cu_q, tile, sequences, group, BM)
-    from_ = _length(cu_q, b, tokens)
-    to = tokens
-    if b < sequences:
-        to = tl.maximum(_length(cu_q, b + 1, tokens), from_)
-    begins = (tl.load(cu_q + b).to(tl.int64) * group // BM).to(tl.int32) + b
-    return b, tile - begins, from_, to - from_
+        b = tile // per
+        number = tile % per
+        from_ = tile * 0
+        count = tile * 0 + queries
+    else:
+        b = _last_before(cu_q, tile, sequences, group, BM)
+        number = tile - (tl.load(cu_q + b).to(tl.int64) * group // BM).to(tl.int32) - b
+        from_, count = _rows(cu_q, b, sequences, tokens)
+    return b, number, from_, count
 
 
 @triton.jit
 def sequence_of_row(cu_q, row, sequences, queries, tokens):
     """The sequence of a row in storage, its number in it, and the sequence's queries."""
     if cu_q is None:
-        return row // queries, row % queries, row * 0 + queries
-    b = _last_before(cu_q, row, sequences, 1, 1)
-    from_ = _length(cu_q, b, tokens)
-    to = tokens
-    if b < sequences:
-        to = tl.maximum(_length(cu_q, b + 1, tokens), from_)
-    return b, row - from_, to - from_
+        b = row // queries
+        number = row % queries
+        count = row * 0 + queries
+    else:
+        b = _last_before(cu_q, row, sequences, 1, 1)
+        from_, count = _rows(cu_q, b, sequences, tokens)
+        number = row - from_
+    return b, number, count
 
 
 @triton.jit
@@ -92,10 +104,12 @@ def places(
     Strides come divided by UNIT, so that the compiler knows what they are multiples of.
     """
     if table is None:
-        return (b.to(tl.int64) * batch + (begin + key).to(tl.int64) * row) * UNIT
-    at = tl.load(table + b.to(tl.int64) * columns + key // page_size, mask=there, other=0)
-    of = tl.minimum(tl.maximum(at.to(tl.int64), 0), pages - 1)
-    return (of * page + (key % page_size).to(tl.int64) * row) * UNIT
+        at = b.to(tl.int64) * batch + (begin + key).to(tl.int64) * row
+    else:
+        of = tl.load(table + b.to(tl.int64) * columns + key // page_size, mask=there, other=0)
+        of = tl.minimum(tl.maximum(of.to(tl.int64), 0), pages - 1)
+        at = of * page + (key % page_size).to(tl.int64) * row
+    return at * UNIT
 
 
 @triton.jit
