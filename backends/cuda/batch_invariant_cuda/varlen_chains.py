@@ -75,7 +75,9 @@ def _attention_kernel(
     ).to(tl.float32)
     from_k = k + kv_head.to(tl.int64) * k_head * UNIT
     from_v = v + kv_head.to(tl.int64) * v_head * UNIT
-    from_key, to_key = tl.min(low, 0), tl.max(high, 0)
+    to_key = tl.max(high, 0)
+    # Not beyond the end where no row is valid: loads ahead of the loop would overflow their place.
+    from_key = tl.minimum(tl.min(low, 0), to_key)
     top = tl.full((BM,), float("-inf"), tl.float32)
     for at_key in tl.range(from_key, to_key, BN):
         key = at_key + tl.arange(0, BN)
