@@ -224,7 +224,7 @@ def test_lengths_on_the_cpu_are_checked_and_others_are_not_waited_for() -> None:
     k = torch.randn(2, 9, 2, 64, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"seq_lens\[1\] is 10"):
         call(GPU, q, k, k, seq_lens=ints(3, 10, device="cpu"))
-    with pytest.raises(RuntimeError, match="all on cuda"):
+    with pytest.raises(RuntimeError, match="all be on cuda"):
         call(GPU, q, k, k, seq_lens=ints(3, 4), left_pad=ints(0, 1, device="cpu"))
     found = call(GPU, q, k, k, seq_lens=ints(3, 9, device="cpu"))
     lengths = ints(3, 9)
