@@ -1,5 +1,6 @@
 """The kernels as functions of jax arrays: under jit, vmap and grad, and for input that is wrong."""
 
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant_tpu import jax as bi
 from batch_invariant_tpu.interpreter_check import bits
 from batch_invariant_tpu.jax.blocks import generation_of, matmul_block, row_block
+from batch_invariant_tpu.jax.elementwise import FUNCTIONS
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -92,6 +94,22 @@ def test_a_rows_gradient_does_not_depend_on_the_batch() -> None:
 
     x = _normal(9, 130, seed=4)
     assert (bits(jax.grad(loss)(x))[2] == bits(jax.grad(loss)(x[2:3]))[0]).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementwise_functions_do_not_see_how_many_rows_there_are(name: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((257, 1536)), jnp.float32) * 2
+    whole = bits(bi.elementwise(name, x, interpret=True))
+    for rows in (1, 3, 64):
+        assert (bits(bi.elementwise(name, x[:rows], interpret=True)) == whole[:rows]).all(), rows
+
+
+def test_erf_is_accurate_to_its_ends() -> None:
+    x = np.concatenate([np.linspace(-5, 5, 20001), [np.inf, -np.inf]]).astype(np.float32)
+    found = np.asarray(bi.elementwise("erf", jnp.asarray(x), interpret=True))
+    exact = np.vectorize(math.erf)(x.astype(np.float64))
+    assert (np.abs(found - exact) <= 8 * np.spacing(np.abs(exact).astype(np.float32))).all()
+    assert (np.abs(found) <= 1).all()
 
 
 def test_batched_and_empty_products() -> None:
