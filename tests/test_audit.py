@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,41 @@ def test_whole_numbers_allowed_operators_and_operators_of_others() -> None:
     assert kinds(report) == {"bi_audit_test::double": "uncovered"}
 
 
+@pytest.mark.parametrize("name", ["aten", "batch_invariant"])
+def test_an_override_that_comes_later_and_says_so(name: str) -> None:
+    x, w = torch.randn(4, 8), torch.randn(8, 3)
+    multiply = {"aten": torch.mm, "batch_invariant": bi.mm}[name]
+    with bi.enabled():
+        assert bi.audit(multiply, x, w).ok
+        with torch.library._scoped_library(name, "IMPL") as library, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.impl("mm", lambda a, b: (a[:, :, None] * b).sum(1), "CPU", allow_override=True)
+            report = bi.audit(multiply, x, w)
+        assert bi.audit(multiply, x, w).ok
+    (wrong,) = report.of("uncovered")
+    assert wrong.op == f"{name}::mm"
+    assert "another library has put its own kernel" in wrong.verdict.why
+
+
+@needs_compiler
+def test_a_bypass_in_a_wrapper_that_calls_past_the_dispatcher() -> None:
+    class Mm(Bypass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            own = torch.ops.batch_invariant.mm.default
+            for node in graph.find_nodes(op="call_function", target=own):
+                node.target = torch.ops.aten.mm.default
+
+    x, w = torch.randn(7, 33), torch.randn(33, 5)
+    with (
+        bi.enabled(),
+        torch.no_grad(),
+        torch._inductor.config.patch(cpp_wrapper=True, post_grad_custom_pre_pass=Mm()),
+    ):
+        with pytest.raises(bi.UncoveredOpError, match="past the dispatcher"):
+            torch.compile(torch.mm)(x, w)
+        assert not bi.audit(torch.compile(torch.mm), x, w).ok
+
+
 @needs_compiler
 def test_compiled_code_and_a_planted_bypass() -> None:
     x = torch.randn(7, 200)
@@ -167,6 +203,8 @@ def test_the_command(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exit code 3" in capsys.readouterr().err
     assert main(["audit", "--strict", str(script)]) == 1
     assert "UncoveredOpError" in capsys.readouterr().err
+    assert main(["audit", "--strict", "--json", str(script)]) == 1
+    assert not json.loads(capsys.readouterr().out)["ok"]
     assert main(["audit", str(script) + ".missing"]) == 2
 
 

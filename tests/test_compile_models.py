@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch._inductor import compile_fx as inductor
@@ -41,7 +42,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {"head_dim": 16, **EXPERTS, **WINDOW}),
 }
 GROUPED = {
-    "mixtral, grouped": ("MixtralConfig", EXPERTS | {"experts_implementation": "grouped_mm"})
+    f"{name}, grouped": (
+        CONFIGS[name][0],
+        CONFIGS[name][1] | {"experts_implementation": "grouped_mm"},
+    )
+    for name in ("mixtral", "gpt_oss")
 }
 
 
@@ -57,7 +62,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model_of(name: str) -> torch.nn.Module:
     kind, more = (CONFIGS | GROUPED)[name]
     config = getattr(transformers, kind)(**SIZES, **more)
-    attention = "eager" if name == "gpt_oss" else "sdpa"  # as transformers requires
+    attention = "eager" if name.startswith("gpt_oss") else "sdpa"  # as transformers requires
     model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation=attention
     )
@@ -116,8 +121,34 @@ def test_a_model_that_inductor_compiles(name: str) -> None:
 
 
 @needs_compiler
+def test_a_llama_is_trained() -> None:
+    model = model_of("llama")
+    ids = torch.randint(0, 320, (6, 13))
+
+    def losses(ids: Tensor) -> Tensor:
+        """Of every sequence by itself."""
+        scores = logits(model, ids)[:, :-1].flatten(0, 1)
+        each = F.cross_entropy(scores, ids[:, 1:].flatten(), reduction="none")
+        return each.view(len(ids), -1).mean(-1)
+
+    def step(fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        found = fn(ids)
+        found.mean().backward()
+        return [found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    compiled = torch.compile(losses, dynamic=True)
+    with bi.enabled():
+        first = step(compiled)
+        assert len(first) > 10
+        for other in (step(compiled), step(losses)):
+            assert all(mismatch(a, b) is None for a, b in zip(first, other, strict=True))
+        assert mismatch(compiled(ids[:2].clone()).detach(), first[0][:2]) is None
+
+
+@needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *GROUPED])
 def test_every_size_of_a_batch(name: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model_of(name).to(device)

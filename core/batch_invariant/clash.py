@@ -15,12 +15,18 @@ from typing import Any
 import torch
 
 from batch_invariant.errors import OverrideClash
+from batch_invariant.ops import CONTRACTS
+from batch_invariant.ops.register import NAMESPACE
 
 _default = inspect.signature(torch.library.Library.impl).parameters.get("allow_override")
 _LATER_WINS = _default is not None and _default.default is True
 
 _watched: set[str] = set()
 _size = 0
+_mine: set[str] = set()
+_kernels: dict[str, tuple[str, ...]] = {}
+"""What the dispatcher has for operators of the mode and the library: an override that says
+`allow_override` leaves no trace in torch's record, but it does there."""
 
 
 def record() -> set[str]:
@@ -46,6 +52,7 @@ def watch(library: torch.library.Library, before: Collection[str]) -> None:
     """
     global _size
     mine = library._op_impls - set(before)
+    _mine.update(mine)
     names = {n for key in mine for n in _spelled(*key.split("/"))}
     if _LATER_WINS:
         library._op_impls -= mine
@@ -60,6 +67,27 @@ def watch(library: torch.library.Library, before: Collection[str]) -> None:
 def forget() -> None:
     """The mode's overrides are gone."""
     _watched.clear()
+    _mine.clear()
+    _kernels.clear()
+
+
+def remember() -> None:
+    """All of the mode's overrides are in place: what the dispatcher has now is theirs."""
+    for key in _mine:
+        namespace, name, _ = key.split("/")
+        _kernels[f"{namespace}::{name}"] = _registered(f"{namespace}::{name}")
+    for name in CONTRACTS:
+        _kernels[f"{NAMESPACE}::{name}"] = _registered(f"{NAMESPACE}::{name}")
+
+
+def is_replaced(name: str) -> bool:
+    """Whether somebody has registered a kernel for an operator after the mode did."""
+    return name in _kernels and _registered(name) != _kernels[name]
+
+
+def _registered(name: str) -> tuple[str, ...]:
+    """The kernels of an operator, in use and replaced, at every dispatch key."""
+    return tuple(torch._C._dispatch_dump(name).splitlines())
 
 
 def check() -> None:

@@ -152,6 +152,7 @@ def _install(options: Options, fault: BatchInvariantError | None) -> None:
         for device_type in device_types():
             libraries, devices[device_type] = _override(device_type, options.allow, fault)
             _installed.extend(libraries)
+        clash.remember()
         _options, _fault = options, fault
         inductor.hold(inductor.Rules(devices, *options))
     except BaseException:

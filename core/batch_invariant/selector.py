@@ -55,8 +55,14 @@ def kernels(device_type: str) -> Mapping[str, Kernel]:
 class _Selection:
     """What `use_backend` returns: leaving it as a context restores the previous selection."""
 
-    def __init__(self, before: str | None) -> None:
-        self._before = before
+    def __init__(self, name: str | None, before: str | None) -> None:
+        self._name, self._before = name, before
+
+    def __repr__(self) -> str:
+        if self._name is None:
+            return "backends are chosen by the tensors' devices"
+        known = registry.load(self._name).probe().reason
+        return f"backend {self._name!r}" + (f"; {known}" if known else "")
 
     def __enter__(self) -> None:
         return None
@@ -73,13 +79,14 @@ class _Selection:
 def use_backend(name: str | None) -> _Selection:
     """Selects a backend by name, at once; `None` returns to the automatic choice.
 
-    Also a context manager that restores the previous selection. Raises `UnknownBackend` if it is
+    Also a context manager that restores the previous selection; shown, it tells what the backend
+    says of itself, such as on which route its kernels run. Raises `UnknownBackend` if it is
     not installed and `BackendUnavailable`, with the remedy, if it cannot run; nothing changes then.
     """
     with _lock:
         before = _forced
         _select(name)
-        return _Selection(before)
+        return _Selection(name, before)
 
 
 def release() -> None:

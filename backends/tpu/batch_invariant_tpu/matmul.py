@@ -55,8 +55,12 @@ def _linear(
     input: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, how: Any
 ) -> jax.Array:
     matrix = weight.reshape(-1, weight.shape[-1])
-    addend = None if bias is None else bias.reshape(1, 1, -1)
     rows = input.reshape(1, -1 if input.shape[-1] else _rows(input), input.shape[-1])
+    addend, n = None, matrix.shape[0]
+    if bias is not None and bias.ndim <= 1:  # one row stays one, and is read for all
+        addend = jnp.broadcast_to(bias, (1, 1, n))
+    elif bias is not None:
+        addend = jnp.broadcast_to(bias, (*input.shape[:-1], n)).reshape(1, -1, n)
     out = product(rows, matrix[None], addend, transposed=True, interpret=how)
     return out.reshape(*input.shape[:-1], *weight.shape[:-1])
 

@@ -11,14 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from batch_invariant import clash
 from batch_invariant.auditing.report import COMPILED, EAGER, GENERATED, Ran
-from batch_invariant.auditing.verdict import HARMLESS, UNCOVERED, Verdict, of_call
+from batch_invariant.auditing.verdict import COVERED, HARMLESS, UNCOVERED, Verdict, of_call
 from batch_invariant.inductor.opaque import aten_of
 from batch_invariant.inductor.rules import Rules
 from batch_invariant.places import running_line
 
 _OWN_TRITON = "a Triton kernel of the program, which nobody has classified"
 _TRUSTED = "trusted by who asked for this audit; it was not looked at"
+_REPLACED = "another library has put its own kernel in the place of the mode's"
 _EXACT_LOOP = "a generated loop of exact operations, low precision rounded after each"
 
 
@@ -86,6 +88,8 @@ class Watch(TorchDispatchMode):
         shown = aten_of(func) or func
         how = COMPILED if self._running else EAGER
         verdict = of_call(func, values, rules)
+        if verdict.kind == COVERED and clash.is_replaced(func.name()):
+            verdict = Verdict(UNCOVERED, _REPLACED)
         name = str(shown.name()).partition(".")[0]
         if name in self.trusted and not name.startswith("aten::"):
             verdict = Verdict(HARMLESS, _TRUSTED)
@@ -102,9 +106,9 @@ class Watch(TorchDispatchMode):
         return Verdict(UNCOVERED, _OWN_TRITON)
 
     def _add(self, ran: Ran) -> None:
+        self.ran[ran] = self.ran.get(ran, 0) + 1
         if self.strict and ran.verdict.kind == UNCOVERED:
             raise ran.error()
-        self.ran[ran] = self.ran.get(ran, 0) + 1
 
     def _place(self, func: Any) -> str:
         if self._running:

@@ -123,7 +123,7 @@ def look(node: Any, rules: Rules) -> Iterator[Scheduled]:
         return
     func = getattr(buffer, "op_overload", None)
     name = func.name() if isinstance(func, torch._ops.OpOverload) else _extern_name(buffer)
-    wrong = _wrong_call(buffer, func)
+    wrong = _wrong_call(buffer, func) or _past_dispatcher(name, device_type, rules)
     yield Scheduled("call", name, device_type, origins, (), wrong, place)
 
 
@@ -222,3 +222,17 @@ def _wrong_call(buffer: Any, func: Any) -> str:
     if isinstance(func, torch._ops.OpOverload) and func.namespace in _OWN_KERNELS:
         return "Inductor calls a fused kernel of torch's own"
     return ""
+
+
+def _past_dispatcher(name: str, device_type: str, rules: Rules) -> str:
+    """A C++ wrapper calls the kernels of aten themselves, where no override is seen."""
+    from torch._inductor import config
+
+    device = rules.devices.get(device_type)
+    overload = name.removeprefix("aten::").removeprefix("extern_kernels.")
+    if not config.cpp_wrapper or device is None or "::" in overload or rules.allows(overload):
+        return ""
+    bases = {known.split(".")[0] for known in (*device.overridden, *device.refused)}
+    if overload.split(".")[0] not in bases:
+        return ""
+    return "Inductor's C++ wrapper calls torch's own kernel past the dispatcher"

@@ -188,6 +188,8 @@ def check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         lambda: f"linear: input {list(input.shape)} and weight {list(weight.shape)} differ in K",
     )
     _same_dtype("linear", input, weight, bias)
+    if bias is not None:
+        check_addend("linear", bias, (*input.shape[:-1], *weight.shape[:-1]))
 
 
 def _fake_mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:

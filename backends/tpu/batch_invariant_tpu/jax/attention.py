@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from batch_invariant.errors import OpNotSupported
-from batch_invariant_tpu.jax.blocks import LANE
+from batch_invariant_tpu.jax.blocks import LANE, VMEM
 from batch_invariant_tpu.jax.launch import Interpret, check_dtype, launch, pad
 from batch_invariant_tpu.jax.matmul import product
 from batch_invariant_tpu.jax.reduce import sum as row_sum
@@ -302,6 +302,17 @@ def _bwd(scale: float, causal: bool, interpret: Interpret, saved: Any, grads: An
 _attention.defvjp(_fwd, _bwd)
 
 
+def _check_sizes(size: int, value_size: int, itemsize: int) -> None:
+    """Raises `OpNotSupported` for heads whose blocks do not fit the memory of a TPU."""
+    needed = itemsize * (ROWS + CHUNK) * (size + value_size)
+    needed += 4 * ROWS * (value_size + 3 * CHUNK + 3 * LANE)
+    if needed > VMEM:
+        raise OpNotSupported(
+            f"attention: heads of {size} and {value_size} need {needed / 2**20:.1f} MiB of a TPU's "
+            f"vector memory, and {VMEM >> 20} MiB are there; split the heads"
+        )
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -335,6 +346,7 @@ def attention(
         raise OpNotSupported(f"attention: query heads are no multiple of the key heads: {shapes}")
     batch, heads, length, size = q.shape
     keys = k.shape[2]
+    _check_sizes(size, v.shape[3], q.dtype.itemsize)
     if mask is not None:
         if mask.dtype == jnp.bool_:
             mask = jnp.where(mask, 0.0, -jnp.inf)

@@ -255,6 +255,7 @@ def matmul(
             f"matmul: the leading dimensions of {list(x.shape)} and {list(w.shape)} differ; "
             "broadcast them first"
         )
+    _check_bias("matmul", bias, w.shape[-1])
     return _matmul(x, w, bias, False, jnp.dtype(dtype or x.dtype), block, interpret)
 
 
@@ -273,4 +274,10 @@ def linear(
         raise OpNotSupported(
             f"linear: expected [..., K] and [N, K], got {list(x.shape)} and {list(weight.shape)}"
         )
+    _check_bias("linear", bias, weight.shape[0])
     return _matmul(x, weight, bias, True, jnp.dtype(dtype or x.dtype), block, interpret)
+
+
+def _check_bias(name: str, bias: jax.Array | None, n: int) -> None:
+    if bias is not None and bias.shape != (n,):
+        raise OpNotSupported(f"{name}: expected a bias of shape [{n}], got {list(bias.shape)}")
