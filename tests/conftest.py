@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -13,8 +15,12 @@ import pytest
 
 from plugin_source import Install
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bi-cache-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bi-inductor-")
+for _name, _prefix in (
+    ("XDG_CACHE_HOME", "bi-cache-"),
+    ("TORCHINDUCTOR_CACHE_DIR", "bi-inductor-"),
+):
+    os.environ[_name] = tempfile.mkdtemp(prefix=_prefix)
+    atexit.register(shutil.rmtree, os.environ[_name], ignore_errors=True)
 for _name in ("VLLM_BATCH_INVARIANT", "BATCH_INVARIANT_BACKEND"):
     os.environ.pop(_name, None)
 
