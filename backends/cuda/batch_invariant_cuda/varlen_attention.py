@@ -65,6 +65,7 @@ def _attention(
     # The largest score is that of the largest product.
     if by <= 0:
         q, by = (q * 0, 1.0) if by == 0 else (-q, -by)
+    sinks = None if sinks is None else sinks.contiguous()
     if out.numel() or lse.numel():
         _launch(q, k, v, sinks, layout, out, lse, causal, by, window, soft_cap)
     return out, lse
@@ -91,9 +92,6 @@ def _launch(
     queries = 0 if packed else q.size(1)
     table = layout.block_table
     depth, v_depth = padded_size(size), padded_size(v_size)
-    lengths = (
-        *(layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seq_lens, layout.left_pad, table),
-    )
     before = (sequences, queries, tokens, heads, group, room, size, v_size)
     strides = (
         *(0 if packed else q.stride(0), q.stride(-2), q.stride(-3)),
@@ -118,7 +116,7 @@ def _launch(
         wide = max(size, v_size) > 64
         rows = 16 if wide or queries * group <= 16 else 32
         sequences_in_chains(
-            tiles_of(rows), (q, k, v, sinks, *lengths, out, lse),
+            tiles_of(rows), (q, k, v, sinks, *layout, out, lse),
             (*before, *behind, by, soft_cap or 0.0),
             (rows, KEYS, depth, v_depth, *options, unit), 8 if wide else 4,
         )  # fmt: skip
@@ -142,7 +140,7 @@ def _launch(
     factors = (by * math.log2(math.e), 0.0)
     if soft_cap is not None:
         factors = (2 * math.log2(math.e) * by / soft_cap, soft_cap * math.log2(math.e))
-    tensors = (q, k, v, sinks, *lengths, out, lse, parts, odd)
+    tensors = (q, k, v, sinks, *layout, out, lse, parts, odd)
     numbers = (*before, blocks, run, *behind, *factors, tiles)
     static = (how.rows, depth, v_depth, *options)
     programs = tiles * -(-blocks // run) if split else tiles
@@ -154,7 +152,7 @@ def _launch(
         sequences_in_blocks(min(tiles, processors), tensors, numbers, again, how.warps)
     if split:
         combine_sequences(
-            lse.numel(), (parts, sinks, *lengths[:-1], out, lse),
+            lse.numel(), (parts, sinks, *layout[:-1], out, lse),
             (sequences, queries, tokens, heads, room, v_size, blocks, window or 0, *behind[-2:]),
             (v_depth, *options[:2], 4 if blocks <= 4 else 16), 1,
         )  # fmt: skip
@@ -174,5 +172,6 @@ KERNELS = {
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset(FLOATS),
         order={torch.float32: serial(), torch.bfloat16: _BLOCKWISE, torch.float16: _BLOCKWISE},
+        supports=refusal,
     )
 }
