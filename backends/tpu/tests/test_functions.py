@@ -104,6 +104,14 @@ def test_elementwise_functions_do_not_see_how_many_rows_there_are(name: str) -> 
         assert (bits(bi.elementwise(name, x[:rows], interpret=True)) == whole[:rows]).all(), rows
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementwise_functions_can_be_lowered_for_a_tpu(name: str) -> None:
+    """Not every function of jax.numpy can be, where no TPU is."""
+    x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    traced = jax.jit(lambda x: bi.elementwise(name, x)).trace(x)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_erf_is_accurate_to_its_ends() -> None:
     x = np.concatenate([np.linspace(-5, 5, 20001), [np.inf, -np.inf]]).astype(np.float32)
     found = np.asarray(bi.elementwise("erf", jnp.asarray(x), interpret=True))

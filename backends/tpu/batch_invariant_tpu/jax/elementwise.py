@@ -45,7 +45,7 @@ def _erf(x: jax.Array) -> jax.Array:
     square = rounded(inside * inside)
     quotient = rounded(_polynomial(_ERF_P, square) / _polynomial(_ERF_Q, square))
     inner = jnp.clip(rounded(inside * quotient), -1.0, 1.0)
-    return jnp.where(jnp.abs(x) >= 3.95, jnp.sign(x), inner)
+    return jnp.where(x >= 3.95, 1.0, jnp.where(x <= -3.95, -1.0, inner))
 
 
 def _silu(x: jax.Array) -> jax.Array:
