@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_exact_loops_have_the_bits_of_eager_code(monkeypatch: pytest.MonkeyPatch
     with bi.enabled():
         assert run(torch.bfloat16, True, (2, 3, 17, 64, 129)) == 0
         assert run(torch.float32, False, (129,)) == 0
-        monkeypatch.setattr(compile_fx, "_EXACT", {})
+        monkeypatch.setattr(compile_fx, "EXACT", {})
         assert run(torch.bfloat16, True, (129,)) > 0
 
 
@@ -189,10 +190,9 @@ def test_what_is_allowed_runs_torchs_own_kernel() -> None:
 def test_templates_of_inductor_are_refused() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    q = torch.randn(1, 1, 32, 16)
-    compiled = torch.compile(lambda q: flex_attention(q, q, q))
+    compiled = torch.compile(flex_attention)
     with bi.enabled(), torch.no_grad(), pytest.raises(bi.UncoveredOpError, match="template"):
-        compiled(q)
+        compiled(*(torch.randn(1, 1, 32, 16) for _ in range(3)))
 
 
 def test_each_setting_has_its_own_graphs(install: Any) -> None:
@@ -332,11 +332,16 @@ def test_the_mode_does_not_change_inside_a_compiled_function() -> None:
 
 def test_torch_is_as_it_was() -> None:
     from torch._dynamo import eval_frame
+    from torch._inductor.codegen.cpp import CppKernel
 
-    before = eval_frame._callback_from_stance, module.compile_fx
+    def hooked() -> tuple[Any, ...]:
+        hooks = eval_frame._callback_from_stance, module.compile_fx
+        return *hooks, CppKernel.cache_dtype_convert
+
+    before = hooked()
     with bi.enabled():
-        assert (eval_frame._callback_from_stance, module.compile_fx) != before
-    assert (eval_frame._callback_from_stance, module.compile_fx) == before
+        assert hooked() != before
+    assert hooked() == before
 
 
 def test_exported_programs() -> None:
@@ -346,6 +351,26 @@ def test_exported_programs() -> None:
         rows = torch.export.Dim("rows", min=2)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
         assert mismatch(program.module()(x[:3]), model(x)[:3]) is None
+
+
+@needs_compiler
+def test_packages_of_aotinductor(tmp_path: Path) -> None:
+    """A package keeps the operators that it was compiled with, whatever the mode is later."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(1030), torch.nn.Linear(1030, 33), torch.nn.SiLU())
+    x = cancelling(40, 1030)
+    rows = torch.export.Dim("rows", min=1, max=64)
+    with torch.no_grad(), bi.enabled():
+        expected = model(x)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+        file = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        package = torch._inductor.aoti_load_package(file)
+        for m in (1, 2, 3, 17, 40):
+            assert mismatch(package(x[:m]), expected[:m]) is None, m
+    with torch.no_grad():
+        assert mismatch(package(x[:3]), expected[:3]) is None
+        assert mismatch(model(x), expected) is not None
 
 
 def _process(script: str) -> None:

@@ -144,6 +144,7 @@ def device_types() -> list[str]:
 def _install(options: Options, fault: BatchInvariantError | None) -> None:
     """Replaces whatever is installed; on an error everything is as torch made it."""
     global _options, _fault
+    inductor.refuse_inside_compiled_code()
     _uninstall()
     for device_type in device_types():
         _missing_backend(device_type)  # chooses kernels while nothing is overridden or refused

@@ -39,7 +39,6 @@ _effective: Rules | None = None
 def hold(rules: Rules) -> None:
     """Compiled code obeys `rules`, from now on or as soon as Dynamo and Inductor are imported."""
     global _held
-    refuse_inside_compiled_code()
     _held = rules
     _renew()
 

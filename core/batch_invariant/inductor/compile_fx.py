@@ -21,7 +21,7 @@ from batch_invariant.inductor.rules import Rules, Watcher
 from batch_invariant.inductor.scheduled import Check, collected
 from batch_invariant.inductor.table import Table
 
-_EXACT = {
+EXACT = {
     # Low precision is rounded after every operation, as in eager, and not where fusion ends.
     # On a GPU it also keeps the compiler from contracting a product and a sum into an FMA.
     "emulate_precision_casts": True,
@@ -61,10 +61,36 @@ def install() -> Callable[[], None]:
         with _tagged(rules):
             return stock(*call.args, **call.kwargs)
 
+    converts_as_stock = _round_in_cpp()
     module.compile_fx = compile_fx
 
     def undo() -> None:
         module.compile_fx = stock
+        converts_as_stock()
+
+    return undo
+
+
+def _round_in_cpp() -> Callable[[], None]:
+    """Makes C++ code round where it is told to emulate casts; returns what undoes it.
+
+    That of torch 2.11 remembers the number before a cast to low precision, and goes on with it.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppKernel, CppOverrides
+
+    if "emulate_precision_casts" in CppOverrides.to_dtype.__code__.co_names:
+        return lambda: None
+    stock = CppKernel.cache_dtype_convert
+
+    def cache_dtype_convert(self: Any, *args: Any) -> None:
+        if not config.emulate_precision_casts:
+            stock(self, *args)
+
+    CppKernel.cache_dtype_convert = cache_dtype_convert
+
+    def undo() -> None:
+        CppKernel.cache_dtype_convert = stock
 
     return undo
 
@@ -105,7 +131,7 @@ def _patches(rules: Rules) -> dict[str, Any]:
         )
     patches: dict[str, Any] = {_CHECK: Check(rules, known[_CHECK])}
     if rules.enforced:
-        patches |= {name: value for name, value in _EXACT.items() if name in known}
+        patches |= {name: value for name, value in EXACT.items() if name in known}
         if not _keeps_casts():
             patches["pattern_matcher"] = False
         if any(device.fused for device in rules.devices.values()):
