@@ -194,7 +194,7 @@ def test_what_users_call_reaches_the_override(
 
             return call
 
-        return tuple({k: spy(k, v) for k, v in table.items()} for table in real(device))
+        return tuple({k: spy(k, v) for k, v in table.items()} for table in real(device, fault))
 
     monkeypatch.setattr(mode, "overrides", spied)
     context = {

@@ -264,12 +264,13 @@ def test_training_has_gradients() -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Any:
+def real(request: pytest.FixtureRequest) -> Any:
+    """A model with the weights that people use."""
     absent = [name for name in ("accelerate", "gguf") if find_spec(name) is None]
     if absent:
         pytest.skip(f"loading the real model needs {', '.join(absent)}")
     try:
-        found, _ = models.load(models.locate(models.DEFAULT), "bfloat16")
+        found, _ = models.load(models.locate(request.param), "bfloat16")
     except models.WeightsNotFound as error:
         pytest.skip(str(error))
     integration.register_attention()
@@ -277,11 +278,42 @@ def smollm2() -> Any:
     return found
 
 
+_GEMMA = pytest.param(models.GEMMA, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("real", [models.DEFAULT, _GEMMA], indirect=True)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_real_model(smollm2: Any, way: str) -> None:
-    ids = tokens(smollm2.config.vocab_size, 70)
+def test_a_real_model(real: Any, way: str) -> None:
+    ids = tokens(real.config.vocab_size, 70)
     with bi.enabled():
-        assert same(WAYS[way](smollm2, ids), smollm2(ids[None]).logits[0])
+        assert same(WAYS[way](real, ids), real(ids[None]).logits[0])
+
+
+LONG_WAYS: Ways = {
+    f"chunks of {n}, {make.__name__[1:]} cache": lambda m, ids, n=n, make=make: _chunked(
+        m, ids, n, make(m, len(ids))
+    )
+    for n in (64, 512)
+    for make in (_dynamic, _static)
+} | {name: WAYS[name] for name in ("padded by 40", "reused prefix, static cache")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("real", [models.DEFAULT, models.GEMMA], indirect=True)
+@pytest.mark.parametrize("attention", [NAME, "sdpa"])
+def test_a_long_prompt_in_a_real_model(real: Any, attention: str) -> None:
+    """Longer than the window of Gemma 3's sliding layers, 512 tokens."""
+    ids = tokens(real.config.vocab_size, 620)
+    real.set_attn_implementation(attention)
+    try:
+        with bi.enabled():
+            want = real(ids[None]).logits[0]
+            wrong = [way for way, run in LONG_WAYS.items() if not same(run(real, ids), want)]
+        assert not wrong
+        stock = real(ids[None]).logits[0]
+        assert not all(same(run(real, ids), stock) for run in LONG_WAYS.values())
+    finally:
+        real.set_attn_implementation(NAME)
 
 
 def _continuously(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
