@@ -42,6 +42,7 @@ from batch_invariant_cuda.attention_ring import (
     takes_few,
     takes_many,
 )
+from batch_invariant_cuda.matmul import PROVED, capability
 from batch_invariant_cuda.row_launch import Calls, multiprocessors
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -92,6 +93,7 @@ def _chains(
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
     wide = max(size, v_size) > 64
     block = 16 if rows <= 16 or wide else 32
+    at_once = KEYS // 2 if max(size, v_size) > 128 else KEYS  # some GPUs have 99 KiB for a program
     blocks = -(-rows // block)
     attention_chains(
         batch * heads * blocks,
@@ -101,7 +103,7 @@ def _chains(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *((0, 0, 0, 0) if mask is None else mask.stride()), factor,
         ),
-        (block, KEYS, padded_size(size), padded_size(v_size), kind, is_causal),
+        (block, at_once, padded_size(size), padded_size(v_size), kind, is_causal),
         8 if wide else 4,
     )  # fmt: skip
 
@@ -118,8 +120,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(rows: int, keys: int, widest: int) -> Tile:
-    """The tile for so many rows that share keys; any gives the same bits."""
+def tile(rows: int, keys: int, widest: int, device: torch.device) -> Tile:
+    """The tile for so many rows that share keys.
+
+    Any gives the same bits where the matrix units do so; on other GPUs there is one for each size.
+    """
+    if device.type == "cuda" and capability(device) != PROVED:
+        return Tile(64, 4, 1) if widest <= 128 else Tile(16, 4, 1)
     stages = 2 if widest <= 128 and keys > BLOCK else 1
     if rows <= 16:
         return Tile(16, 4, stages)
@@ -228,7 +235,7 @@ def _blocks(
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
     depth, v_depth = padded_size(size), padded_size(v_size)
-    how = tile(rows * group, keys, max(depth, v_depth))
+    how = tile(rows * group, keys, max(depth, v_depth), q.device)
     per_head = -(-rows * group // how.rows)
     tiles = batch * kv_heads * per_head
     # A mask's first block begins before the first key of a row.

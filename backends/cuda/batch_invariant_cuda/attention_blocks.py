@@ -61,6 +61,15 @@ def _add_odd(acc, p, v, v_row, begin, keys, takes_part, v_size):
 
 
 @triton.jit
+def has_odd(acc):
+    """Whether one of the numbers is infinite or NaN.
+
+    In one dimension: Triton 3.6 cannot compile a second reduction of what tensor memory held.
+    """
+    return tl.max(tl.ravel(tl.where(acc - acc == 0.0, 0, 1), can_reorder=True), 0) != 0
+
+
+@triton.jit
 def _block(
     from_, tile_q, k, v, mask, row, active, keys, size, v_size, k_row, v_row,
     mask_rows, mask_column, scale,
@@ -111,7 +120,7 @@ def _block(
         tile_v = tl.load(at, mask=there[:, None] & (dv[None, :] < v_size), other=0.0)
     acc = tl.dot(p, tile_v)
     if CARE == _INSIDE:  # noqa: SIM102  (a constexpr, and a number on the device)
-        if tl.max(tl.max(tl.where(acc - acc == 0.0, 0, 1), 1), 0) != 0:
+        if has_odd(acc):
             acc = tl.dot(p, tl.where(tile_v - tile_v == 0.0, tile_v, 0.0))
             acc = _add_odd(acc, p, v, v_row, from_, keys, takes_part, v_size)
     return top, total, acc
@@ -229,7 +238,7 @@ def _tile(
             tl.store(lse + place, e, mask=active)
             if CARE == _MARK:
                 strange = active[:, None] & (acc - acc != 0.0)
-                marked = tl.maximum(marked, tl.max(tl.max(strange.to(tl.int32), 1), 0))
+                marked = tl.maximum(marked, tl.max(tl.ravel(strange.to(tl.int32), True), 0))
         left = tl.where(active, -1, left)
         more = tl.max(left, 0) >= 0
     if CARE == _MARK:

@@ -122,7 +122,7 @@ def _launch(
         )  # fmt: skip
         return
     each = queries if not packed else -(-tokens // max(sequences, 1))
-    how = tile(each * group, room, max(depth, v_depth))
+    how = tile(each * group, room, max(depth, v_depth), q.device)
     tiles = tiles_of(how.rows)
     blocks = -(-room // BLOCK)
     processors = multiprocessors(q.device.index) if q.is_cuda else 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batch_invariant_cuda.attention_blocks import INSIDE, MARK, block_sum
+from batch_invariant_cuda.attention_blocks import INSIDE, MARK, block_sum, has_odd
 from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.varlen_spans import (
@@ -90,7 +90,7 @@ def _block(
     tile_v = tl.load(v + v_at[:, None] + dv[None, :], mask=held, other=0.0)
     acc = tl.dot(p, tile_v)
     if CARE == _INSIDE:  # noqa: SIM102  (a constexpr, and a number on the device)
-        if tl.max(tl.max(tl.where(acc - acc == 0.0, 0, 1), 1), 0) != 0:
+        if has_odd(acc):
             acc = tl.dot(p, tl.where(tile_v - tile_v == 0.0, tile_v, 0.0))
             acc = _add_odd(acc, p, v, v_at, takes_part, v_size, there)
     return top, total, acc

@@ -240,3 +240,18 @@ def test_a_kernel_that_learns_k_on_the_device_has_the_same_chunks():
             for k in (1, 512, 2047, 2048, 2049, 8191, 8192, 8193, 65536):
                 want = few if k < DEPTHS[0] else some if k < DEPTHS[1] else many
                 assert chunk_of(k, n, dtype) == want, (k, n, dtype)
+
+
+def test_attention_keeps_to_one_tile_where_the_matrix_units_are_unknown(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    found = {}
+    for capability in ((9, 0), (8, 0), (10, 0)):
+        monkeypatch.setattr(attention, "capability", lambda device, at=capability: at)
+        for widest in (64, 128, 256):
+            tiles = {
+                attention.tile(rows, keys, widest, gpu)
+                for rows in (1, 16, 17, 64, 65, 4096)
+                for keys in (1, 512, 513, 100_000)
+            }
+            found[capability, widest] = len(tiles)
+    assert all((count == 1) == (at != (9, 0)) for (at, _), count in found.items())

@@ -77,20 +77,21 @@ def _round_in_cpp() -> Callable[[], None]:
     That of torch 2.11 remembers the number before a cast to low precision, and goes on with it.
     """
     from torch._inductor import config
-    from torch._inductor.codegen.cpp import CppKernel, CppOverrides
+    from torch._inductor.codegen import cpp
 
-    if "emulate_precision_casts" in CppOverrides.to_dtype.__code__.co_names:
+    if "emulate_precision_casts" in cpp.CppOverrides.to_dtype.__code__.co_names:
         return lambda: None
-    stock = CppKernel.cache_dtype_convert
+    kernel: Any = cpp.CppKernel
+    stock = kernel.cache_dtype_convert
 
     def cache_dtype_convert(self: Any, *args: Any) -> None:
         if not config.emulate_precision_casts:
             stock(self, *args)
 
-    CppKernel.cache_dtype_convert = cache_dtype_convert
+    kernel.cache_dtype_convert = cache_dtype_convert
 
     def undo() -> None:
-        CppKernel.cache_dtype_convert = stock
+        kernel.cache_dtype_convert = stock
 
     return undo
 

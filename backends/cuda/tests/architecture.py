@@ -1,0 +1,114 @@
+"""Compiles kernels for a GPU that is not there, and prints the shared memory that each needs.
+
+python architecture.py 80
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+
+from batch_invariant_cuda import (
+    attention,
+    launch,
+    matmul,
+    norm,
+    reduce,
+    row_launch,
+    softmax,
+    varlen_attention,
+)
+
+CAPABILITY = int(sys.argv[1])
+PROCESSORS = 100
+
+
+class Absent:
+    """A driver without a GPU."""
+
+    utils = None
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def report(made: Any, *label: Any) -> None:
+    sys.stdout.write(" ".join(map(str, (made.metadata.shared, *label))) + "\n")
+
+
+def compile_rows(
+    self: row_launch.RowKernel, programs: int, tensors: Any, numbers: Any, static: Any, warps: int,
+    wide: bool = True,
+) -> None:  # fmt: skip
+    """Instead of a launch."""
+    fn = self._fn if wide else self._anywhere
+    options = {"enable_fp_fusion": False, "maxnreg": self._registers.get(warps)}
+    made = fn.warmup(*tensors, *numbers, *static, num_warps=warps, grid=(programs,), **options)
+    report(made, fn.__name__, *static)
+
+
+def products(dtype: torch.dtype) -> None:
+    gpu = torch.device("cuda", 0)
+    for m, n, k in ((1, 4096, 4096), (300, 4096, 1030), (300, 4096, 4096), (64, 1024, 8192)):
+        a, b = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype).t()
+        out = torch.empty(m, n, dtype=dtype)
+        p = matmul.problem(a, b, None, False)
+        schedule, few = matmul.schedule_for(p, gpu), torch.empty(4)
+        arguments = (a, b, out, None, few, few.view(torch.int32), PROCESSORS)
+        for kernel, grid, given, options in launch.launches(p, schedule, *arguments):
+            made = kernel.warmup(**given, **options, grid=(grid,))
+            report(made, kernel.__name__, schedule, dtype)
+
+
+def rows(n: int) -> None:
+    x = torch.zeros(4, n, dtype=torch.bfloat16)
+    softmax.KERNELS["softmax"].fn(x, -1, None)
+    norm.KERNELS["rms_norm"].fn(x, x[0], 1e-6, x, None)
+    reduce.KERNELS["sum"].fn(x, [-1], False)
+
+
+def attend(size: int, dtype: torch.dtype) -> None:
+    k = torch.zeros(2, 2, 700, size, dtype=dtype)
+    for length in (1, 700):
+        q = torch.zeros(2, 8, length, size, dtype=dtype)
+        attention.KERNELS["scaled_dot_product_attention"].fn(
+            q, k, k, is_causal=True, enable_gqa=True
+        )
+    paged = varlen_attention.KERNELS["attention"].fn
+    pages = torch.zeros(40, 16, 2, size, dtype=dtype)
+    table, lengths = torch.zeros(4, 30, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    for length in (1, 300):
+        q = torch.zeros(4, length, 8, size, dtype=dtype)
+        layout = (None, None, lengths, None, table)
+        paged(q, pages, pages, None, *layout, True, None, None, None)
+
+
+driver.set_active(Absent())
+CompiledKernel._init_handles = lambda self: None
+row_launch.RowKernel.__call__ = compile_rows
+row_launch.RowKernel.repeat = lambda *args, **options: None
+capability = divmod(CAPABILITY, 10)
+matmul.capability = lambda device: capability
+matmul.programs = lambda device: PROCESSORS
+attention.tile = varlen_attention.tile = lambda rows, keys, widest, device, of=attention.tile: of(
+    rows, keys, widest, torch.device("cuda", 0)
+)
+attention.capability = matmul.capability
+varlen_attention.check_values = lambda *args: None
+for dtype in (torch.bfloat16, torch.float32):
+    products(dtype)
+    for size in (64, 128, 256):
+        attend(size, dtype)
+for n in (1000, 4096, 151936):
+    rows(n)
