@@ -33,7 +33,7 @@ from batch_invariant_cuda.attention_chains import (
     NO_MASK,
     attention_chains,
 )
-from batch_invariant_cuda.attention_merge import BLOCK, combine
+from batch_invariant_cuda.attention_merge import BLOCK, EXTRA, combine
 from batch_invariant_cuda.attention_plan import empty_plan, plan_rows, prepare_mask
 from batch_invariant_cuda.attention_ring import (
     few_rows,
@@ -142,14 +142,21 @@ def run_of(tiles: int, blocks: int, processors: int) -> int:
 
 def _parts(q: torch.Tensor, blocks: int, v_size: int) -> torch.Tensor:
     """Room for weighted sum, maximum and sum of each row over each block of keys."""
-    shape = (*q.shape[:3], blocks, v_size + 2)
+    shape = (*q.shape[:3], blocks, padded_size(v_size) + EXTRA)
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def _combine(
-    parts: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, is_causal: bool
+    parts: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    is_causal: bool,
+    first: int = 0,
 ) -> Callable[..., None] | None:
-    """The rows from their parts; and how to do it again, with the addresses of the tensors."""
+    """The rows from their parts; and how to do it again, with the addresses of the tensors.
+
+    first: the block whose part holds those before it too.
+    """
     if parts is None:
         return None
     heads, rows, blocks = parts.shape[1:4]
@@ -157,7 +164,7 @@ def _combine(
     depth = padded_size(v_size)
     width = min(depth, 32)
     launch = (
-        lse.numel() * (depth // width), (parts, out, lse), (heads, rows, blocks, v_size),
+        lse.numel() * (depth // width), (parts, out, lse), (heads, rows, blocks, first, v_size),
         (width, depth // width, 4 if blocks <= 4 else 32, is_causal), 1,
     )  # fmt: skip
     combine(*launch)
@@ -177,7 +184,7 @@ def _few(
     run = run_of(q.size(0) * k.size(1), blocks, multiprocessors(q.device.index))
     parts = _parts(q, blocks, v.size(3)) if run < blocks else None
     start = few_rows(q, k, v, out, lse, parts, run, factor)
-    fold = _combine(parts, out, lse, False)
+    fold = _combine(parts, out, lse, False, run - 1)
     if start is None or (parts is not None and fold is None):
         return None
     room, device = 0 if parts is None else parts.numel(), q.device

@@ -17,11 +17,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge
+from batch_invariant_cuda.attention_merge import BLOCK, EXTRA, LOG2_E, finish, merge
 from batch_invariant_cuda.attention_plan import plan_length
 from batch_invariant_cuda.row_launch import RowKernel
 
 _BLOCK = tl.constexpr(BLOCK)
+_EXTRA = tl.constexpr(EXTRA)
 _NOWHERE = tl.constexpr(2**31 - 1)
 
 # Who looks after infinite and NaN values of masked keys: nobody (no key is masked, or none can be
@@ -224,10 +225,10 @@ def _tile(
                 DV, MASKED, CAUSAL, False, WHOLE, CARE,
             )  # fmt: skip
             if SPLIT:
-                to = parts + (place * blocks + number + block) * (v_size + 2)
+                to = parts + (place * blocks + number + block) * (DV + _EXTRA)
                 tl.store(to[:, None] + dv[None, :], next_acc, mask=stored)
-                tl.store(to + v_size, next_top, mask=active)
-                tl.store(to + v_size + 1, next_total, mask=active)
+                tl.store(to + DV, next_top, mask=active)
+                tl.store(to + DV + 1, next_total, mask=active)
             else:
                 top, total, acc = merge(top, total, acc, next_top, next_total, next_acc)
         if not SPLIT:

@@ -10,9 +10,12 @@ from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import FEW, take_turn
 
 BLOCK = 128  # keys
+# Numbers behind a weighted sum in memory: its maximum, its sum, and room that keeps parts aligned.
+EXTRA = 8
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 _BLOCK = tl.constexpr(BLOCK)
+_EXTRA = tl.constexpr(EXTRA)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -38,40 +41,93 @@ def finish(top, total, acc):
     return tl.where(none[:, None], 0.0, y), e
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "blocks", "v_size"])
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _sums(at, stride, first, end, columns, there, BATCH: tl.constexpr):
+    """Weighted sums of the next blocks."""
+    at += first * stride
+    left = end - first
+    held = ()
+    for i in tl.static_range(BATCH):
+        held = held + (tl.load(at + i * stride + columns, mask=there & (left > i), other=0.0),)
+    return held
+
+
+@triton.jit
+def _scales(at, stride, first, end, BATCH: tl.constexpr):
+    """Maxima and sums of the next blocks, one in a lane."""
+    block = first + tl.arange(0, BATCH)
+    at += block * stride
+    tops = tl.load(at, mask=block < end, other=float("-inf"))
+    return tops, tl.load(at + 1, mask=block < end, other=0.0)
+
+
+@triton.jit
+def _factors(top, tops):
+    """What `merge` multiplies by, for the blocks that follow a maximum; and the maximum then."""
+    lane = tl.arange(0, tops.shape[0])
+    highest = tl.maximum(tl.associative_scan(tops, 0, _larger), top)
+    before = tl.where(lane == 0, top, tl.gather(highest, tl.maximum(lane - 1, 0), 0))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return tl.exp2(before - base), tl.exp2(tops - base), tl.max(highest, 0)
+
+
+@triton.jit
+def merge_blocks(at, stride, scales, begin, end, columns, there, BATCH: tl.constexpr):
+    """Blocks `begin` to `end` of one row: [1], [1] and, of some columns, [1, n].
+
+    A block's part is at `at` + block * `stride`: its weighted sum, and its maximum and sum `scales`
+    behind. The bits of `merge`, one block after the other: maxima so far are a scan, which no order
+    changes, so the factors of a batch are computed at once, one in a lane; one FMA and one product
+    for a block remain in the chain. A batch is on its way while the one before it is merged.
+    """
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    acc = tl.zeros(columns.shape, tl.float32)
+    held = _sums(at, stride, begin, end, columns, there, BATCH)
+    tops, totals = _scales(at + scales, stride, begin, end, BATCH)
+    shrink, share, top = _factors(top, tops)
+    adds = totals
+    tops, totals = _scales(at + scales, stride, begin + BATCH, end, BATCH)
+    for first in tl.range(begin, end, BATCH):
+        now, now_shrink, now_share, now_adds = held, shrink, share, adds
+        held = _sums(at, stride, first + BATCH, end, columns, there, BATCH)
+        shrink, share, top = _factors(top, tops)
+        adds = totals
+        tops, totals = _scales(at + scales, stride, first + 2 * BATCH, end, BATCH)
+        for i in tl.static_range(BATCH):
+            chosen = tl.full((1,), i, tl.int32)
+            old, new = tl.gather(now_shrink, chosen, 0), tl.gather(now_share, chosen, 0)
+            total = tl.fma(tl.gather(now_adds, chosen, 0), new, total * old)
+            acc = tl.fma(now[i], tl.broadcast_to(new, acc.shape), acc * old)
+    return top + tl.zeros((1,), tl.float32), total, acc[None, :]
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "blocks", "first", "v_size"])
 def _combine_kernel(
-    parts, out, lse, heads, rows, blocks, v_size,
+    parts, out, lse, heads, rows, blocks, first, v_size,
     PART: tl.constexpr, PARTS: tl.constexpr, BATCH: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """PART columns of one row from its blocks."""
+    """PART columns of one row from its blocks; the part of block `first` holds those before too."""
     take_turn()
     columns = tl.program_id(0) % PARTS * PART + tl.arange(0, PART)
     task = (tl.program_id(0) // PARTS).to(tl.int64)
     row, head, batch = task % rows, task // rows % heads, task // rows // heads
-    there = (columns < v_size)[None, :]
+    there = columns < v_size
     one = tl.arange(0, 1)
-    top = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, PART), tl.float32)
     count = blocks
     if CAUSAL:
         count = tl.minimum(count, (row // _BLOCK + 1).to(tl.int32))
-    for begin in tl.range(0, count, BATCH):
-        # All loads of a batch are on their way before the first is used.
-        held = ()
-        for i in tl.static_range(BATCH):
-            block = begin + i
-            at = parts + (task * blocks + block) * (v_size + 2)
-            mine = block + one < count
-            next_top = tl.load(at + v_size + one, mask=mine, other=float("-inf"))
-            next_total = tl.load(at + v_size + 1 + one, mask=mine, other=0.0)
-            next_acc = tl.load(at + columns[None, :], mask=there & mine[None, :], other=0.0)
-            held = held + ((next_top, next_total, next_acc),)
-        for i in tl.static_range(BATCH):
-            top, total, acc = merge(top, total, acc, held[i][0], held[i][1], held[i][2])
+    DV: tl.constexpr = PART * PARTS
+    at = parts + task * blocks * (DV + _EXTRA)
+    top, total, acc = merge_blocks(at, DV + _EXTRA, DV, first, count, columns, there, BATCH)
     y, e = finish(top, total, acc)
     to = out + ((batch * rows + row) * heads + head) * v_size
-    tl.store(to + columns[None, :], y.to(out.dtype.element_ty), mask=there)
+    tl.store(to + columns[None, :], y.to(out.dtype.element_ty), mask=there[None, :])
     if tl.program_id(0) % PARTS == 0:
         tl.store(lse + task + one, e)
 

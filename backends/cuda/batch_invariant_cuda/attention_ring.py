@@ -65,10 +65,14 @@ Start = Callable[..., None]
 
 
 class _Kernel:
-    """A Gluon kernel whose parameters are descriptors, tensors, numbers, constexprs."""
+    """A Gluon kernel whose parameters are descriptors, tensors, numbers, constexprs.
 
-    def __init__(self, fn: Any) -> None:
+    overlaps: it is launched before the kernel in front of it has ended, for which it waits.
+    """
+
+    def __init__(self, fn: Any, overlaps: bool = False) -> None:
         self._fn = fn
+        self._options = {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": overlaps}
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -91,15 +95,14 @@ class _Kernel:
             kernel = self._compiled.get(key)
             if kernel is None:
                 kernel = self._fn.warmup(
-                    *described, *tensors, *numbers, *static,
-                    num_warps=4, enable_fp_fusion=False, grid=(programs,),
-                )  # fmt: skip
+                    *described, *tensors, *numbers, *static, **self._options, grid=(programs,)
+                )
                 self._compiled[key] = kernel
             runner = kernel.run
             launch = launcher(runner)
             if launch is None:
                 given = (*described, *tensors, *numbers, *static)
-                self._fn[(programs,)](*given, num_warps=4, enable_fp_fusion=False)
+                self._fn[(programs,)](*given, **self._options)
                 return None
         head = (
             *(kernel.function, runner.launch_cooperative_grid, runner.launch_pdl, None, None),
@@ -135,7 +138,7 @@ class _Kernel:
 @cache
 def _kernels() -> tuple[_Kernel, _Kernel]:
     """For many rows, for few: compiled code is looked up once in a process."""
-    return _Kernel(attention_ring), _Kernel(attention_step)
+    return _Kernel(attention_ring), _Kernel(attention_step, overlaps=True)
 
 
 def _programs(q: torch.Tensor) -> int:

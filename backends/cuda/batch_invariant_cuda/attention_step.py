@@ -17,9 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from batch_invariant_cuda.attention_hopper import KEYS
+from batch_invariant_cuda.attention_merge import EXTRA
 
 ROWS = 16  # of a tile
 SLOTS = 3
@@ -27,6 +28,7 @@ SLOTS = 3
 _ROWS = gl.constexpr(ROWS)
 _KEYS = gl.constexpr(KEYS)
 _SLOTS = gl.constexpr(SLOTS)
+_EXTRA = gl.constexpr(EXTRA)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -56,6 +58,29 @@ def _sum(p):
     return gl.sum(p, 0)
 
 
+@gluon.jit
+def _merge(top, total, acc, next_top, next_total, part):
+    """`attention_merge.merge` of transposed tiles."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    highest = gl.maximum(top, next_top)
+    base = gl.where(highest == float("-inf"), 0.0, highest)
+    shrink, share = gl.exp2(top - base), gl.exp2(next_top - base)
+    total = gl.fma(next_total, share, total * shrink)
+    level = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, LAYOUT)
+    return highest, total, gl.fma(part, level + share[None, :], acc * shrink[None, :])
+
+
+@gluon.jit
+def _leave(to, top, total, acc, valid):
+    """Writes a part, which stays in the cache while keys and values pass through it."""
+    D: gl.constexpr = acc.shape[0]
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    column = gl.arange(0, D, LAYOUT)
+    gl.store(to[None, :] + column[:, None], acc, mask=valid[None, :], eviction_policy="evict_last")
+    gl.store(to + D, top, mask=valid, eviction_policy="evict_last")
+    gl.store(to + D + 1, total, mask=valid, eviction_policy="evict_last")
+
+
 @gluon.jit(
     do_not_specialize=[
         "heads", "group", "rows", "keys", "blocks", "run", "runs", "q_batch", "q_head", "q_row"
@@ -68,10 +93,9 @@ def attention_step(
 ):  # fmt: skip
     """All rows of the heads that share a key head; SPLIT: one of `runs` runs of `run` blocks.
 
-    Strides of q come divided by 8.
+    The first run is merged here and leaves one part, in the place of its last block; the others
+    leave a part for each block. Strides of q come divided by 8.
     """
-    if SPLIT:
-        gdc_launch_dependents()
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], kd.dtype)
@@ -92,6 +116,9 @@ def attention_step(
     count = gl.minimum(run, blocks - first)
     fence_async_shared()
     gl.thread_barrier()
+    gdc_wait()
+    if run == 1:
+        gdc_launch_dependents()
     for i in gl.static_range(_SLOTS):
         if i < 2 * count:
             _copy(kd, vd, ring, full, i, batch, kv_head, first * _KEYS, D)
@@ -109,7 +136,6 @@ def attention_step(
     head = kv_head * group + index % group
     valid = row < rows
     place = (batch.to(gl.int64) * heads + head) * rows + row
-    column = gl.arange(0, D, gl.SliceLayout(1, S_LAYOUT))
     top = gl.full([_ROWS], float("-inf"), gl.float32, COLUMN)
     total = gl.zeros([_ROWS], gl.float32, COLUMN)
     acc = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
@@ -137,23 +163,23 @@ def attention_step(
         part = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
         gl.thread_barrier()
         part = warpgroup_mma(v, pbuf, part, use_acc=False, is_async=True)
-        highest = gl.maximum(top, next_top)
-        base = gl.where(highest == float("-inf"), 0.0, highest)
-        shrink, share = gl.exp2(top - base), gl.exp2(next_top - base)
         part = warpgroup_mma_wait(0, deps=[part])
         gl.thread_barrier()
         if step + _SLOTS < 2 * count:
             _copy(kd, vd, ring, full, step + _SLOTS, batch, kv_head, first * _KEYS, D)
-        if SPLIT:
-            to = parts + (place * blocks + first + j) * (D + 2)
-            gl.store(to[None, :] + column[:, None], part, mask=valid[None, :])
-            gl.store(to + D, next_top, mask=valid)
-            gl.store(to + D + 1, next_total, mask=valid)
+        if not SPLIT:  # noqa: SIM114  (a constexpr, and a number on the device)
+            top, total, acc = _merge(top, total, acc, next_top, next_total, part)
+        elif first == 0:
+            top, total, acc = _merge(top, total, acc, next_top, next_total, part)
         else:
-            total = gl.fma(next_total, share, total * shrink)
-            level = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
-            acc = gl.fma(part, level + share[None, :], acc * shrink[None, :])
-            top = highest
+            to = parts + (place * blocks + first + j) * (D + _EXTRA)
+            _leave(to, next_top, next_total, part, valid)
+    if SPLIT:  # noqa: SIM102
+        if first == 0:
+            to = parts + (place * blocks + count - 1) * (D + _EXTRA)
+            _leave(to, top, total, acc, valid)
+    # Programs of the next launch that came while all multiprocessors are full would crowd on few.
+    gdc_launch_dependents()
     if not SPLIT:
         none = total == 0.0
         share = gl.div_rn(1.0, gl.where(none, 1.0, total))
@@ -162,5 +188,6 @@ def attention_step(
         # Plus 0 as in the other kernels of this order.
         level = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
         y = gl.fma(acc, level + share[None, :], level)
+        column = gl.arange(0, D, gl.SliceLayout(1, S_LAYOUT))
         to = out + ((batch.to(gl.int64) * rows + row) * heads + head) * D
         gl.store(to[None, :] + column[:, None], y.to(kd.dtype), mask=valid[None, :])

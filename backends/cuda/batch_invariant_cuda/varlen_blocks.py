@@ -5,14 +5,13 @@ has the same bits in a chunk of a prefill and in decode, at any place of the pag
 merged last. Rows that see no key of a block, and blocks that no row of a tile sees, change nothing.
 """
 
-# ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, block_sum, has_odd
-from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge
+from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge, merge_blocks
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.varlen_spans import (
     keys_of,
@@ -258,27 +257,13 @@ def _combine_kernel(
     from_block = (low - first) // _BLOCK
     to_block = (high - first + _BLOCK - 1) // _BLOCK
     one, dv = tl.arange(0, 1), tl.arange(0, DV)
-    held = (dv < v_size)[None, :]
-    top = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, DV), tl.float32)
-    for begin in tl.range(from_block, to_block, BATCH):
-        # All loads of a batch are on their way before the first is used.
-        ahead = ()
-        for i in tl.static_range(BATCH):
-            block = begin + i
-            at = parts + (task.to(tl.int64) * blocks + block) * (v_size + 2)
-            mine = block + one < to_block
-            next_top = tl.load(at + v_size + one, mask=mine, other=float("-inf"))
-            next_total = tl.load(at + v_size + 1 + one, mask=mine, other=0.0)
-            next_acc = tl.load(at + dv[None, :], mask=held & mine[None, :], other=0.0)
-            ahead = ahead + ((next_top, next_total, next_acc),)
-        for i in tl.static_range(BATCH):
-            top, total, acc = merge(top, total, acc, ahead[i][0], ahead[i][1], ahead[i][2])
+    held = dv < v_size
+    at = parts + task.to(tl.int64) * blocks * (v_size + 2)
+    top, total, acc = merge_blocks(at, v_size + 2, v_size, from_block, to_block, dv, held, BATCH)
     top, total, acc = _with_sink(top, total, acc, sinks, head + one, (b + one * 0) < sequences)
     y, e = finish(top, total, acc)
     to = out + task.to(tl.int64) * v_size + dv[None, :]
-    tl.store(to, y.to(out.dtype.element_ty), mask=held)
+    tl.store(to, y.to(out.dtype.element_ty), mask=held[None, :])
     place = stored
     if cu_q is None:
         place = row
