@@ -121,8 +121,6 @@ def test_every_kind_of_schedule_gives_one_result(dtype, k, n):
     for m in (5, 77, 200, 600):
         a = tune.adversarial(m, k, dtype)
         b = torch.randn(n, k, device="cuda").to(dtype).t()
-        a[4] = -0.0  # times positive numbers: sums that are -0, or not, in all schedules
-        b[:, : n // 2].abs_()
         p = matmul.problem(a, b, None, False)
         for text in [*tune.candidates(m, chunked, dtype), *extra]:
             if p.refuses(parse(text)) is None:
