@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def take_turn(OVERLAP: tl.constexpr):
+    """Waits for what was launched before and may still run, then lets the next launch begin."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -154,12 +162,14 @@ def gemm_tile(
     SWAP: tl.constexpr, EVEN_K: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr,
     CHUNKED: tl.constexpr, SPLIT: tl.constexpr, FEW: tl.constexpr, BATCHED: tl.constexpr,
     WIDE: tl.constexpr, HAS_ADD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Pointer loads: any strides, any sizes. SPLIT: one program for each chunk of a tile.
 
     MASK_M, MASK_N: that operand is contiguous along rows, so its edge is masked, not clamped.
     WIDE: 64-bit offsets. PRECISION: of fp32 operands, "ieee" or "tf32".
     """
+    take_turn(OVERLAP)
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
@@ -263,8 +273,10 @@ def gemm_tma(
     BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, PERSISTENT: tl.constexpr, A_K: tl.constexpr, B_K: tl.constexpr,
     HALVES: tl.constexpr, SWAP: tl.constexpr, HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Bulk copies, one chain over k; PERSISTENT: a few programs walk over all tiles."""
+    take_turn(OVERLAP)
     nm = tl.cdiv(M, BM)
     nn = tl.cdiv(N, BN + BN2)
     DTYPE: tl.constexpr = c.dtype.element_ty
@@ -314,12 +326,13 @@ def gemm_tma_chunked(
     BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, A_K: tl.constexpr, B_K: tl.constexpr,
     HALVES: tl.constexpr, SPLIT: tl.constexpr, FEW: tl.constexpr, SWAP: tl.constexpr,
-    HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
+    HAS_ADD: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Bulk copies, chunks of k. SPLIT: every program takes one chunk of one tile.
 
     Otherwise a few programs walk over all tiles, and each adds a tile's chunks itself.
     """
+    take_turn(OVERLAP)
     nm = tl.cdiv(M, BM)
     nn = tl.cdiv(N, BN + BN2)
     DTYPE: tl.constexpr = c.dtype.element_ty
@@ -386,16 +399,14 @@ def gemm_tma_chunked(
 def gemm_fold(
     ws, c, add, M, N, K, chunk, whole, sdm, sdn, alpha: tl.float32, beta: tl.float32,
     BM: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, OVERLAP: tl.constexpr,
     HAS_ADD: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Adds the chains of all chunks, ascending, for the tiles from `whole` on; ROWS rows a program.
 
-    A tile has GROUPS parts of BM rows, as `gemm_hopper` and `gemm_single` leave them behind. EARLY:
-    it is launched before they end, and waits for all that they wrote.
+    A tile has GROUPS parts of BM rows, as `gemm_hopper` and `gemm_single` leave them behind.
     """
-    if EARLY:
-        gdc_wait()
+    take_turn(OVERLAP)
     SIZE: tl.constexpr = BM * (BN + BN2)
     PIECES: tl.constexpr = BM // ROWS
     part = tl.program_id(0) // PIECES

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @gluon.jit
@@ -52,10 +52,13 @@ def _copy(
     ad, bd, b2d, abuf, bbuf, b2buf, full, free, K, chunk, units, whole, splits, nm, nn,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BN2: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    A_K: gl.constexpr, B_K: gl.constexpr,
+    A_K: gl.constexpr, B_K: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     BYTES: gl.constexpr = (BM * GROUPS + BN + BN2) * BK * 2
+    if OVERLAP:
+        gdc_wait()  # for what was launched before and may still run
+        gdc_launch_dependents()
     step = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         _, pm, pn, first, last = unit_of(unit, whole, splits, nm, nn, GROUP)
@@ -109,50 +112,70 @@ def _finish(
 
 
 @gluon.jit
+def _step(
+    acc, acc2, abuf, bbuf, b2buf, full, step,
+    FIRST: gl.constexpr, WHICH: gl.constexpr, GROUPS: gl.constexpr, BN2: gl.constexpr,
+    STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
+):  # fmt: skip
+    """Starts to multiply the next blocks; returns when those before are done. FIRST: of a chain."""
+    slot = step % STAGES
+    mbarrier.wait(full.index(slot), step // STAGES & 1)
+    x = abuf.index(slot * GROUPS + WHICH)
+    if not A_K:
+        x = x.permute((1, 0))
+    y = bbuf.index(slot)
+    if B_K:
+        y = y.permute((1, 0))
+    acc = warpgroup_mma(x, y, acc, use_acc=not FIRST, is_async=True)
+    if BN2:
+        z = b2buf.index(slot)
+        if B_K:
+            z = z.permute((1, 0))
+        acc2 = warpgroup_mma(x, z, acc2, use_acc=not FIRST, is_async=True)
+        acc, acc2 = warpgroup_mma_wait(2, deps=[acc, acc2])
+    else:
+        acc = warpgroup_mma_wait(1, deps=[acc])
+    return acc, acc2
+
+
+@gluon.jit
 def _multiply(
     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N, K, chunk, units,
     whole, splits, nm, nn, sdm, sdn, alpha, beta,
     WHICH: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
     BN2: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr,
-    APART: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, OVERLAP: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group of four warps: rows WHICH * BM and on of every tile."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     WIDTH2: gl.constexpr = BN2 if BN2 else 16
     LAYOUT2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH2, 16])
     SIZE: gl.constexpr = BM * (BN + BN2)
+    if OVERLAP:
+        gdc_wait()
     step = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, pm, pn, first, last = unit_of(unit, whole, splits, nm, nn, GROUP)
         m0 = pm * (BM * GROUPS) + WHICH * BM
         n0 = pn * (BN + BN2)
-        total = gl.zeros([BM, BN], gl.float32, LAYOUT)
-        total2 = gl.zeros([BM, WIDTH2], gl.float32, LAYOUT2)
+        # Minus zero, which leaves the first chain what it is; plus zero would lose a -0.
+        total = gl.zeros([BM, BN], gl.float32, LAYOUT) * -1.0
+        total2 = gl.zeros([BM, WIDTH2], gl.float32, LAYOUT2) * -1.0
         for part in range(first, last):
-            acc = gl.zeros([BM, BN], gl.float32, LAYOUT)
-            acc2 = gl.zeros([BM, WIDTH2], gl.float32, LAYOUT2)
             lo = part * chunk
-            for k in range(lo, gl.minimum(lo + chunk, K), BK):
-                slot = step % STAGES
-                mbarrier.wait(full.index(slot), step // STAGES & 1)
-                x = abuf.index(slot * GROUPS + WHICH)
-                if not A_K:
-                    x = x.permute((1, 0))
-                y = bbuf.index(slot)
-                if B_K:
-                    y = y.permute((1, 0))
-                acc = warpgroup_mma(x, y, acc, is_async=True)
-                if BN2:
-                    z = b2buf.index(slot)
-                    if B_K:
-                        z = z.permute((1, 0))
-                    acc2 = warpgroup_mma(x, z, acc2, is_async=True)
-                    acc, acc2 = warpgroup_mma_wait(2, deps=[acc, acc2])
-                else:
-                    acc = warpgroup_mma_wait(1, deps=[acc])
+            acc, acc2 = _step(
+                gl.zeros([BM, BN], gl.float32, LAYOUT), gl.zeros([BM, WIDTH2], gl.float32, LAYOUT2),
+                abuf, bbuf, b2buf, full, step, True, WHICH, GROUPS, BN2, STAGES, A_K, B_K,
+            )  # fmt: skip
+            step += 1
+            for _ in range(lo + BK, gl.minimum(lo + chunk, K), BK):
+                acc, acc2 = _step(
+                    acc, acc2, abuf, bbuf, b2buf, full, step, False,
+                    WHICH, GROUPS, BN2, STAGES, A_K, B_K,
+                )  # fmt: skip
                 # The step before is done: its buffers may be filled again.
-                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > lo)
+                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
                 step += 1
             if BN2:
                 acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
@@ -160,10 +183,9 @@ def _multiply(
                 acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
             if CHUNKED:
-                # The first chain is the sum so far; it is not added to zero, which would lose -0.
-                total = gl.where(part > first, total + acc, acc)
+                total += acc
                 if BN2:
-                    total2 = gl.where(part > first, total2 + acc2, acc2)
+                    total2 += acc2
             else:
                 total = acc
                 total2 = acc2
@@ -211,15 +233,13 @@ def gemm_ring(
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, BN2: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     A_K: gl.constexpr, B_K: gl.constexpr, CHUNKED: gl.constexpr, FEW: gl.constexpr,
-    APART: gl.constexpr, EARLY: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, OVERLAP: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Bulk copies through a ring of STAGES buffers; tiles of BM * GROUPS rows, BN + BN2 columns."""
     nm = gl.cdiv(M, BM * GROUPS)
     nn = gl.cdiv(N, BN + BN2)
     splits = gl.cdiv(K, chunk)
     units = whole + (nm * nn - whole) * splits
-    if EARLY:
-        gdc_launch_dependents()
     abuf = gl.allocate_shared_memory(ad.dtype, [STAGES * GROUPS] + ad.block_type.shape, ad.layout)
     bbuf = gl.allocate_shared_memory(bd.dtype, [STAGES] + bd.block_type.shape, bd.layout)
     if BN2:
@@ -244,11 +264,11 @@ def gemm_ring(
                     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N,
                     K, chunk, units, whole, splits, nm, nn, sdm, sdn, alpha, beta,
                     0, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW, APART,
-                    HAS_ADD, SCALED,
+                    OVERLAP, HAS_ADD, SCALED,
                 )),
                 (_copy, (
                     ad, bd, b2d, abuf, bbuf, b2buf, full, free, K, chunk, units, whole, splits,
-                    nm, nn, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K,
+                    nm, nn, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, OVERLAP,
                 )),
             ],
             [1],
@@ -261,17 +281,17 @@ def gemm_ring(
                     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N,
                     K, chunk, units, whole, splits, nm, nn, sdm, sdn, alpha, beta,
                     0, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW, APART,
-                    HAS_ADD, SCALED,
+                    OVERLAP, HAS_ADD, SCALED,
                 )),
                 (_multiply, (
                     abuf, bbuf, b2buf, cd, c2d, cbuf, c2buf, full, free, add, ws, count, M, N,
                     K, chunk, units, whole, splits, nm, nn, sdm, sdn, alpha, beta,
                     1, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, CHUNKED, FEW, APART,
-                    HAS_ADD, SCALED,
+                    OVERLAP, HAS_ADD, SCALED,
                 )),
                 (_copy, (
                     ad, bd, b2d, abuf, bbuf, b2buf, full, free, K, chunk, units, whole, splits,
-                    nm, nn, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K,
+                    nm, nn, BM, GROUPS, BN, BN2, BK, STAGES, GROUP, A_K, B_K, OVERLAP,
                 )),
             ],
             [4, 1],

@@ -11,7 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from batch_invariant_cuda.gemm_hopper import ascending, unit_of
 
@@ -22,10 +22,13 @@ SLICE = gl.constexpr(16)
 def _copy(
     ad, bd, abuf, bbuf, full, free, lo, hi, pm, pn,
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, SLICES: gl.constexpr,
-    STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
+    STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     BYTES: gl.constexpr = (BM * GROUPS + BN) * SLICES * SLICE * 4
+    if OVERLAP:
+        gdc_wait()  # for what was launched before and may still run
+        gdc_launch_dependents()
     step = 0
     for k in range(lo, hi, SLICES * SLICE):
         slot = step % STAGES
@@ -75,7 +78,7 @@ def _multiply(
     WHICH: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
     SLICES: gl.constexpr, STAGES: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
     ROW_WARPS: gl.constexpr, CHUNKED: gl.constexpr, SPLIT: gl.constexpr, FEW: gl.constexpr,
-    APART: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, OVERLAP: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """One multiplying group of four warps: rows WHICH * BM and on of the tile.
 
@@ -87,6 +90,8 @@ def _multiply(
     LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 0)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, LAYOUT, 0)
     total = gl.zeros([BM, BN], gl.float32, LAYOUT)
+    if OVERLAP:
+        gdc_wait()
     step = 0
     for part in range(first, last):
         acc = gl.zeros([BM, BN], gl.float32, LAYOUT)
@@ -146,7 +151,7 @@ def gemm_fma(
     BM: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, SLICES: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, A_K: gl.constexpr, B_K: gl.constexpr,
     ROW_WARPS: gl.constexpr, CHUNKED: gl.constexpr, SPLIT: gl.constexpr, FEW: gl.constexpr,
-    APART: gl.constexpr, EARLY: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
+    APART: gl.constexpr, OVERLAP: gl.constexpr, HAS_ADD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BM * GROUPS rows and BN columns; SLICES * 16 of k in a buffer.
 
@@ -158,8 +163,6 @@ def gemm_fma(
     tile, pm, pn, first, last = unit_of(gl.program_id(0), whole, splits, nm, nn, GROUP)
     lo = first * chunk
     hi = gl.minimum(last * chunk, K)
-    if EARLY:
-        gdc_launch_dependents()
     abuf = gl.allocate_shared_memory(
         gl.float32, [STAGES * SLICES * GROUPS] + ad.block_type.shape, ad.layout
     )
@@ -176,12 +179,12 @@ def gemm_fma(
                 (_multiply, (
                     abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last,
                     splits, tile - whole, sdm, sdn, alpha, beta, 0, BM, GROUPS, BN, SLICES,
-                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, HAS_ADD,
-                    SCALED,
+                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, OVERLAP,
+                    HAS_ADD, SCALED,
                 )),
                 (_copy, (
                     ad, bd, abuf, bbuf, full, free, lo, hi, pm, pn,
-                    BM, GROUPS, BN, SLICES, STAGES, A_K, B_K,
+                    BM, GROUPS, BN, SLICES, STAGES, A_K, B_K, OVERLAP,
                 )),
             ],
             [1],
@@ -193,18 +196,18 @@ def gemm_fma(
                 (_multiply, (
                     abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last,
                     splits, tile - whole, sdm, sdn, alpha, beta, 0, BM, GROUPS, BN, SLICES,
-                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, HAS_ADD,
-                    SCALED,
+                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, OVERLAP,
+                    HAS_ADD, SCALED,
                 )),
                 (_multiply, (
                     abuf, bbuf, full, free, c, add, ws, count, M, N, K, chunk, pm, pn, first, last,
                     splits, tile - whole, sdm, sdn, alpha, beta, 1, BM, GROUPS, BN, SLICES,
-                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, HAS_ADD,
-                    SCALED,
+                    STAGES, A_K, B_K, ROW_WARPS, CHUNKED, SPLIT, FEW, APART, OVERLAP,
+                    HAS_ADD, SCALED,
                 )),
                 (_copy, (
                     ad, bd, abuf, bbuf, full, free, lo, hi, pm, pn,
-                    BM, GROUPS, BN, SLICES, STAGES, A_K, B_K,
+                    BM, GROUPS, BN, SLICES, STAGES, A_K, B_K, OVERLAP,
                 )),
             ],
             [4, 1],

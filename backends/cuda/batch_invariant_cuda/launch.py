@@ -27,6 +27,11 @@ DTYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float
 Launch = tuple[Any, int, dict[str, Any], dict[str, Any]]
 
 
+def overlaps(x: torch.Tensor) -> bool:
+    """Whether a launch on that tensor's device can begin while the one before it still runs."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def launches(
     p: Problem,
     s: Schedule,
@@ -48,12 +53,17 @@ def _fold(
 ) -> Launch:
     """`gemm.gemm_fold`, from the arguments of the kernel that leaves the chunks behind."""
     groups = s.warps // 4
-    rows = min(1024 // s.bn, s.bm // groups)
     spread = units(p, s) - whole_tiles(p, s, programs)
+    for warps in (4, 8, 16):
+        rows = min(256 * warps // s.bn, s.bm // groups)
+        grid = spread * s.bm // rows
+        if grid <= programs:
+            break
     same = "ws add M N K chunk whole sdm sdn alpha beta BM GROUPS BN GROUP HAS_ADD SCALED".split()
     arguments = {name: given[name] for name in same}
-    arguments |= {"c": out, "BN2": s.bn2, "ROWS": rows, "FEW": few_chunks(p, s), "EARLY": s.early}
-    return gemm.gemm_fold, spread * s.bm // rows, arguments, {"num_warps": 4, "launch_pdl": s.early}
+    arguments |= {"c": out, "BN2": s.bn2, "ROWS": rows, "FEW": few_chunks(p, s)}
+    arguments["OVERLAP"] = (s.ahead or s.early) and overlaps(out)
+    return gemm.gemm_fold, grid, arguments, {"num_warps": warps, "launch_pdl": s.early}
 
 
 def _product(
@@ -83,7 +93,8 @@ def _product(
         "BM": s.bm,
         "BN": s.bn,
     }
-    options = {"num_warps": s.warps, "num_stages": s.stages}
+    ahead = s.ahead and overlaps(out)
+    options: dict[str, Any] = {"launch_pdl": ahead}
     tiles = units(p, s)
     grid = tiles * (cdiv(p.k, p.chunk) if s.split else 1)
     if p.dtype is torch.float64:
@@ -93,6 +104,11 @@ def _product(
             {**_pointers(p, a, b, out), **common},
             {"num_warps": 4},
         )
+    common["OVERLAP"] = ahead or (s.early and overlaps(out))
+    if s.kernel in ("tile", "tma"):
+        options |= {"num_warps": s.warps, "num_stages": s.stages}
+    else:
+        options |= _shared(s)
     if s.kernel == "tile":
         arguments = {
             **_pointers(p, a, b, out),
@@ -119,11 +135,11 @@ def _product(
     if s.kernel == "fma":
         common |= {"ws": workspace, "count": count}
         grid, arguments = _fma(p, s, a, b, out, common, programs)
-        return gemm_single.gemm_fma, grid, arguments, _shared(s)
+        return gemm_single.gemm_fma, grid, arguments, options
     if s.kernel == "ring":
         common |= {"ws": workspace, "count": count}
         grid, arguments = _ring(p, s, a, b, out, common, programs)
-        return gemm_hopper.gemm_ring, grid, arguments, _shared(s)
+        return gemm_hopper.gemm_ring, grid, arguments, options
     a_box = [s.bm, s.bk] if p.a_along_k else [s.bk, s.bm]
     half = s.bn // 2 if s.halves else s.bn
     wide = s.bn2 or s.bn
@@ -207,7 +223,6 @@ def _fma(
         "SPLIT": s.split,
         "FEW": count if rows * s.bn * count <= 2**14 else 0,
         "APART": s.apart,
-        "EARLY": s.early,
     }
 
 
@@ -253,7 +268,6 @@ def _ring(
         "CHUNKED": p.chunk > 0,
         "FEW": few_chunks(p, s),
         "APART": s.apart,
-        "EARLY": s.early,
     }
 
 

@@ -19,8 +19,10 @@ from batch_invariant.errors import ConfigurationError
 _TEXT = re.compile(
     r"(?P<kernel>tile|tma|ring|fma) (?P<bm>\d+)x(?P<bn>\d+)(?:\+(?P<bn2>\d+))?x(?P<bk>\d+)"
     r" w(?P<warps>\d+) s(?P<stages>\d+)"
-    r"(?P<flags>(?: swap| split| hybrid| apart| early| persistent| halves| g\d+| c\d)*)"
+    r"(?P<flags>(?: swap| split| hybrid| apart| early| ahead| persistent| halves| g\d+| c\d)*)"
 )
+
+_FLAGS = ("swap", "split", "hybrid", "apart", "early", "ahead", "persistent", "halves")
 
 DTYPES = ("bfloat16", "float16", "float32")
 """What tables are made for."""
@@ -37,6 +39,7 @@ class Schedule:
     hybrid: whole tiles first, the last wave of them split. apart: the chunks of split tiles are
         added by a second kernel, not by the program that comes last. early: that kernel is
         launched while the first still runs, and waits for its end.
+    ahead: the kernel itself is launched while the one in front of it still runs, and waits.
     persistent: as many programs as multiprocessors. halves: the tile is stored in two parts.
     beside: programs that share a multiprocessor, and so its registers and shared memory.
     """
@@ -53,6 +56,7 @@ class Schedule:
     hybrid: bool = False
     apart: bool = False
     early: bool = False
+    ahead: bool = False
     persistent: bool = False
     halves: bool = False
     group: int = 8
@@ -60,9 +64,7 @@ class Schedule:
 
     def __str__(self) -> str:
         flags = [
-            name
-            for name in ("swap", "split", "hybrid", "apart", "early", "persistent", "halves")
-            if getattr(self, name) and not (name == "split" and self.hybrid)
+            name for name in _FLAGS if getattr(self, name) and not (name == "split" and self.hybrid)
         ]
         if self.group != 8:
             flags.append(f"g{self.group}")
@@ -85,7 +87,7 @@ def parse(text: str) -> Schedule:
         raise ConfigurationError(
             f"schedule {text!r}: expected e.g. 'tma 128x128+32x64 w8 s4 persistent', that is "
             "kernel, rows x columns[+columns] x depth, warps, stages, and any of swap, split, "
-            "hybrid, apart, early, persistent, halves, gN, cN"
+            "hybrid, apart, early, ahead, persistent, halves, gN, cN"
         )
     flags = found["flags"].split()
     number = {name: int(found[name] or 0) for name in ("bm", "bn", "bn2", "bk", "warps", "stages")}
@@ -116,7 +118,7 @@ def parse(text: str) -> Schedule:
         if set(flags) & {"swap", "persistent", "halves"}:
             raise ConfigurationError(
                 f"schedule {text!r}: {found['kernel']!r} takes only split, hybrid, apart, early, "
-                "gN and cN"
+                "ahead, gN and cN"
             )
         if "apart" in flags and not {"split", "hybrid"} & set(flags):
             raise ConfigurationError(f"schedule {text!r}: only split chunks are added apart")
@@ -140,6 +142,7 @@ def parse(text: str) -> Schedule:
         hybrid="hybrid" in flags,
         apart="apart" in flags,
         early="early" in flags,
+        ahead="ahead" in flags,
         persistent="persistent" in flags,
         halves="halves" in flags,
         group=group,

@@ -21,6 +21,7 @@ if not REASON:
     from batch_invariant.errors import ConfigurationError, OpNotSupported
     from batch_invariant_cuda import choice, launch, matmul, schedules, tune
     from batch_invariant_cuda.chunks import chunk_of
+    from batch_invariant_cuda.plan import Plan
     from batch_invariant_cuda.schedules import parse
 
 NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear")
@@ -268,7 +269,7 @@ def test_tuning_writes_a_table_that_holds(tmp_path, monkeypatch, capsys):
     assert main(["tune", "4096x1024", "--out", str(path)]) == 0
     lines = json.loads(path.read_text())["entries"]["bfloat16"]["4096x1024"]
     assert [m for m, _ in lines] == [1, 64]
-    assert all(text in few[:2] for _, text in lines)
+    assert all(text.removesuffix(" ahead") in few[:2] for _, text in lines)
     assert main(["tune", "--check", str(path)]) == 0
     assert "every line holds" in capsys.readouterr().out
     path.write_text(
@@ -349,6 +350,50 @@ def test_graphs_streams_and_threads(shape, dtype):
     assert len(found) == 60
     for out in (first, second, *found):
         assert differing(out, expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        (torch.bfloat16, "tile 64x64x128 w4 s3 split ahead"),
+        (torch.bfloat16, "tma 64x64x128 w4 s4 ahead"),
+        (torch.bfloat16, "tma 16x64x256 w4 s4 swap split ahead"),
+        (torch.bfloat16, "ring 64x64x128 w4 s5 ahead"),
+        (torch.bfloat16, "ring 64x64x128 w4 s5 split ahead"),
+        (torch.bfloat16, "ring 64x128x64 w4 s7 split apart ahead"),
+        (torch.bfloat16, "ring 64x128x64 w4 s7 split apart early ahead"),
+        (torch.float32, "fma 64x64x32 w4 s4 split apart early ahead c2"),
+        (torch.float32, "fma 16x64x32 w4 s4 split ahead c4"),
+    ],
+    ids=str,
+)
+def test_what_is_launched_ahead_waits(dtype, text):
+    """Each product reads what the one before it wrote, without a break between them."""
+    m, k, rounds = 40, 2048, 24
+    weights = [torch.randn(k, k, device="cuda").mul(k**-0.5).to(dtype).t() for _ in range(3)]
+    first = torch.randn(m, k, device="cuda").to(dtype)
+    chunk = 0 if text == "tma 64x64x128 w4 s4 ahead" else 512
+    p = matmul.problem(first, weights[0], None, False, chunk)
+    expected = first
+    for i in range(rounds):
+        expected = launch.run(p, choice.contract(dtype), expected, weights[i % 3])
+        torch.cuda.synchronize()
+    plan = Plan(p, parse(text), first, weights[0], None, matmul.programs(first.device))
+
+    def chained():
+        x = first
+        for i in range(rounds):
+            x = plan(x, weights[i % 3], None, 1.0, 1.0)
+        return x
+
+    eager = chained()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chained()
+    assert differing(eager, expected) == 0
+    for _ in range(20):
+        graph.replay()
+    assert differing(found, expected) == 0
 
 
 def test_host_cost_of_a_call():

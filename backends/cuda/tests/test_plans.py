@@ -103,7 +103,7 @@ def test_schedules_that_mean_nothing(text, reason):
 
 
 def test_schedules_are_what_they_print():
-    for text in ("ring 64x64x64 w4 s4 hybrid apart g4 c2", "fma 8x64x32 w4 s5 split c4"):
+    for text in ("ring 64x64x64 w4 s4 hybrid apart g4 c2", "fma 8x64x32 w4 s5 split ahead c4"):
         assert str(parse(text)) == text
         assert parse(str(parse(text))) == parse(text)
 
