@@ -83,7 +83,7 @@ def near_div(x, divisor, reciprocal):
 
     reciprocal: 1 / divisor, correctly rounded. The first quotient is within 1.5 ulp; so what the
     second line rounds is within 2^-46 of the quotient, both numbers taken in [1, 2). Quotients
-    that close to the middle of two fp32 numbers were tried, all of them: each is rounded rightly.
+    that close to the middle of two fp32 numbers are few, and `tests/test_division.py` tries all.
 
     Source: Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990.
     """
