@@ -317,23 +317,46 @@ def range_of(top, bottom):
     return tl.reduce((top, bottom), 0, _extremes)
 
 
+@triton.constexpr_function
+def _packed(dtype):
+    return not knobs.runtime.interpret and dtype.primitive_bitwidth == 16
+
+
+@triton.constexpr_function
+def _in_pairs(operation, dtype):
+    return f"{operation}.{dtype.name.replace('fp', 'f')}x2 $0, $1, $2;"
+
+
+@triton.jit
+def wider(top, bottom, v):
+    """Ranges made wider by more numbers; 16-bit ones in pairs."""
+    if _packed(v.dtype):
+        most: tl.constexpr = _in_pairs("max.NaN", v.dtype)
+        least: tl.constexpr = _in_pairs("min", v.dtype)
+        top = tl.inline_asm_elementwise(most, "=r,r,r", [top, v], v.dtype, True, 2)
+        return top, tl.inline_asm_elementwise(least, "=r,r,r", [bottom, v], v.dtype, True, 2)
+    else:  # noqa: RET505
+        return larger(top, v), smaller(bottom, v)
+
+
 @triton.jit
 def held_range(tiles, columns, n, P: tl.constexpr, T: tl.constexpr, FULL: tl.constexpr):
     """The largest number of a row that is held, NaN if there is one, and the smallest.
 
     Tiles are filled with -inf.
     """
-    top = tiles[0].to(tl.float32)
+    top = tiles[0]
     bottom = top
     if T == 1 and not FULL:
         bottom = tl.where(columns < n, bottom, float("inf"))
     for t in tl.static_range(1, T * P):
-        v = tiles[t].to(tl.float32)
-        top = larger(top, v)
+        v = tiles[t]
         if t >= (T - 1) * P and not FULL:
-            v = tl.where(t * columns.shape[0] + columns < n, v, float("inf"))
-        bottom = smaller(bottom, v)
-    return range_of(top, bottom)
+            top = larger(top, v)
+            bottom = smaller(bottom, tl.where(t * columns.shape[0] + columns < n, v, float("inf")))
+        else:
+            top, bottom = wider(top, bottom, v)
+    return range_of(top.to(tl.float32), bottom.to(tl.float32))
 
 
 @triton.jit

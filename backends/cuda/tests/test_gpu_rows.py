@@ -140,6 +140,21 @@ def test_a_row_on_many_programs_has_the_bits_of_one(
         family._calls.forget()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("label", ["softmax", "log_softmax", "log_softmax to fp32", "rms_norm"])
+def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
+    """More rows than programs, held on chip, rows for the slow parts of exp among them."""
+    name, call = CALLS[label]
+    for n in (107536, 128256, 151936, 155648):
+        x = torch.cat([data(kind, 3, n, dtype) for kind in KINDS])
+        w = data("normal", 1, n, dtype)[0]
+        on_cpu = tensors(call(CPU[name].fn, x, x, w))
+        on_gpu = tensors(call(GPU[name].fn, *(v.cuda() for v in (x.repeat(30, 1), x, w))))
+        for c, g in zip(on_cpu, on_gpu, strict=True):
+            if c.numel():
+                assert mismatch(c.repeat(30, 1), g.cpu()) is None, n
+
+
 def test_another_order_is_seen() -> None:
     """The control: torch's own sum, in another order, differs on the same data."""
     x = data("cancelling", 300, 4096, torch.float32)
