@@ -86,8 +86,8 @@ class DescribedKernel:
         """
         device = described[0].base.get_device()
         with torch.cuda.device(device):
-            given = tuple(None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
-            key = (device, described[0].base.dtype, given, static)
+            kinds = tuple(None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
+            key = (device, described[0].base.dtype, kinds, static)
             kernel = self._compiled.get(key)
             if kernel is None:
                 kernel = self._fn.warmup(

@@ -65,7 +65,7 @@ def _attention(
             f"{NAME}: lengths and pages must all be on {query.device}, where the query is, or all "
             f"on the CPU, where they are checked; they are on {', '.join(map(str, devices))}"
         )
-    dense = not devices and sinks is window is soft_cap is None
+    dense = all(x is None for x in (*layout, sinks, window, soft_cap))
     if dense and query.dtype != torch.float32 and is_square(query, key, causal):
         return _square(query, key, value, causal, scale)
     layout = Layout(*(None if x is None else x.to(query.device).contiguous() for x in layout))
