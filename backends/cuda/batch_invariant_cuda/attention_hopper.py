@@ -149,7 +149,7 @@ def _sum(p):
 
 
 @gluon.jit
-def _cut(s, last, begin):
+def cut(s, last, begin):
     """The scores of a block of keys, -inf behind each row's last key."""
     key = begin + gl.arange(0, _KEYS, gl.SliceLayout(0, s.type.layout))
     return gl.where(key[None, :] < last[:, None], s, float("-inf"))
@@ -165,7 +165,7 @@ def _weights(s, scale, dtype):
 
 
 @gluon.jit
-def _scores(q, kbuf, k_full, k_free, step, D: gl.constexpr, STAGES: gl.constexpr):
+def scores(q, kbuf, k_full, k_free, step, D: gl.constexpr, STAGES: gl.constexpr):
     """Begins the product of 64 queries and a block of keys."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
     slot = step % STAGES
@@ -176,7 +176,7 @@ def _scores(q, kbuf, k_full, k_free, step, D: gl.constexpr, STAGES: gl.constexpr
 
 
 @gluon.jit
-def _weigh(
+def weigh(
     top, total, s, vbuf, v_full, step, scale, D: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Begins the weighted sum of a block of values; new maximum and sum, and the factors of both
@@ -200,15 +200,15 @@ def _weigh(
 
 
 @gluon.jit
-def _step(
+def step_on(
     top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, scale,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The state after a block of scores s, and the scores of the next block."""
-    top, total, part, old, new = _weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
+    top, total, part, old, new = weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
     part = warpgroup_mma_wait(0, deps=[part])
     mbarrier.arrive(v_free.index(step % STAGES))
-    following = _scores(q, kbuf, k_full, k_free, step + 1, D, STAGES)
+    following = scores(q, kbuf, k_full, k_free, step + 1, D, STAGES)
     acc = gl.fma(part, new, acc * old)
     s = warpgroup_mma_wait(0, deps=[following])
     mbarrier.arrive(k_free.index((step + 1) % STAGES))
@@ -216,7 +216,7 @@ def _step(
 
 
 @gluon.jit
-def _larger(a, b):
+def larger(a, b):
     return gl.maximum(a, b, propagate_nan=_ALL)
 
 
@@ -252,7 +252,7 @@ def _attend(
     largest = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, LAYOUT))
     mbarrier.wait(q_full.index(0), 0)
     q = qbuf.index(WHICH).reshape([_HALF, D])
-    s = _scores(q, kbuf, k_full, k_free, 0, D, STAGES)
+    s = scores(q, kbuf, k_full, k_free, 0, D, STAGES)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0))
     for turn in range(0, _turns(units)):
@@ -279,14 +279,14 @@ def _attend(
         for j in range(0, end - 1):
             if plan is not None:  # noqa: SIM102  (a constexpr, and a number on the device)
                 if j >= full:
-                    s = _cut(s, last, start + j * _KEYS)
-            top, total, acc, s = _step(
+                    s = cut(s, last, start + j * _KEYS)
+            top, total, acc, s = step_on(
                 top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, scale,
                 D, STAGES,
             )  # fmt: skip
             step += 1
-        s = _cut(s, last, start + (end - 1) * _KEYS)
-        top, total, part, old, new = _weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
+        s = cut(s, last, start + (end - 1) * _KEYS)
+        top, total, part, old, new = weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
         # The results of the turn before have left its buffer by now.
         tma.store_wait(0)
         mbarrier.arrive(q_free.index((turn + 2) % 3), pred=turn > 0)
@@ -297,16 +297,16 @@ def _attend(
         slot = (turn + 1) % 3
         mbarrier.wait(q_full.index(slot), (turn + 1) // 3 & 1)
         q = qbuf.index(slot * 2 + WHICH).reshape([_HALF, D])
-        following = _scores(q, kbuf, k_full, k_free, step, D, STAGES)
+        following = scores(q, kbuf, k_full, k_free, step, D, STAGES)
         acc = gl.fma(part, new, acc * old)
         if odd is not None:
-            largest = _larger(largest, gl.reduce(gl.abs(acc), 1, _larger))
+            largest = larger(largest, gl.reduce(gl.abs(acc), 1, larger))
         _finish(od, lse, buf, top, total, acc, head, q_heads, rows, row, at)
         s = warpgroup_mma_wait(0, deps=[following])
         mbarrier.arrive(k_free.index(step % STAGES))
     tma.store_wait(0)
     if odd is not None:
-        finite = gl.reduce(largest, 0, _larger) < float("inf")
+        finite = gl.reduce(largest, 0, larger) < float("inf")
         gl.store(odd + gl.program_id(0) * 2 + WHICH, gl.where(finite, 0, 1).to(gl.int8))
 
 

@@ -27,7 +27,7 @@ def _hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether sizes and addresses suit bulk copies."""
     size = q.size(3)
     if not q.is_cuda or size != v.size(3) or size not in _SIZES or 0 in (*q.shape, *k.shape):
@@ -44,18 +44,18 @@ def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 def takes_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `many_rows` takes a call, masked rows aside that have no plan."""
-    return q.size(2) >= _MANY and _fits(q, k, v)
+    return q.size(2) >= _MANY and fits(q, k, v)
 
 
 def takes_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `few_rows` takes a call in which every row attends to all keys."""
     shared = q.size(2) * q.size(1) // max(k.size(1), 1)
-    return shared <= 16 and _fits(q, k, v)
+    return shared <= 16 and fits(q, k, v)
 
 
-def _described(x: torch.Tensor, rows: int) -> GluonDescriptor:
-    """A tensor of rank 4 that is copied in boxes of so many rows of one head."""
-    box = [1, 1, rows, x.size(3)]
+def boxed(x: torch.Tensor, rows: int, columns: int = 0) -> GluonDescriptor:
+    """A tensor of rank 4 that is copied in boxes of so many rows (and columns) of one head."""
+    box = [1, 1, rows, columns or x.size(3)]
     layout = NVMMASharedLayout.get_default_for(box, DTYPES[x.dtype])
     strides = [step if n > 1 else 8 for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return GluonDescriptor(x, [*x.shape], [*strides, 1], box, layout)
@@ -64,7 +64,7 @@ def _described(x: torch.Tensor, rows: int) -> GluonDescriptor:
 Start = Callable[..., None]
 
 
-class _Kernel:
+class DescribedKernel:
     """A Gluon kernel whose parameters are descriptors, tensors, numbers, constexprs.
 
     overlaps: it is launched before the kernel in front of it has ended, for which it waits.
@@ -90,8 +90,8 @@ class _Kernel:
         """
         device = described[0].base.get_device()
         with torch.cuda.device(device):
-            given = tuple(x is not None for x in tensors)
-            key = (device, described[0].base.dtype, given, static)
+            kinds = tuple(None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
+            key = (device, described[0].base.dtype, kinds, static)
             kernel = self._compiled.get(key)
             if kernel is None:
                 kernel = self._fn.warmup(
@@ -136,9 +136,9 @@ class _Kernel:
 
 
 @cache
-def _kernels() -> tuple[_Kernel, _Kernel]:
+def _kernels() -> tuple[DescribedKernel, DescribedKernel]:
     """For many rows, for few: compiled code is looked up once in a process."""
-    return _Kernel(attention_ring), _Kernel(attention_step, overlaps=True)
+    return DescribedKernel(attention_ring), DescribedKernel(attention_step, overlaps=True)
 
 
 def _programs(q: torch.Tensor) -> int:
@@ -180,8 +180,8 @@ def many_rows(
     return _kernels()[0](
         _programs(q),
         (
-            _described(q, ROWS // 2), _described(k, KEYS), _described(v, KEYS),
-            _described(out, ROWS // 2),
+            boxed(q, ROWS // 2), boxed(k, KEYS), boxed(v, KEYS),
+            boxed(out, ROWS // 2),
         ),
         (lse, odd, plan),
         (batch * heads, heads, group, rows, keys, blocks, section, units, *of_mask, factor),
@@ -210,7 +210,7 @@ def few_rows(
     steps = (step // 8 if n > 1 else 0 for n, step in zip(q.shape, q.stride()[:3], strict=False))
     return _kernels()[1](
         batch * kv_heads * runs,
-        (_described(k, KEYS), _described(v, KEYS)),
+        (boxed(k, KEYS), boxed(v, KEYS)),
         (q, out, lse, parts),
         (heads, heads // kv_heads, rows, keys, blocks, run, runs, *steps, factor),
         (size, parts is not None),

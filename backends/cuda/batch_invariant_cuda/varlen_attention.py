@@ -18,6 +18,7 @@ from batch_invariant.ops.varlen_attention import check_arguments
 from batch_invariant.ops.varlen_definition import factor
 from batch_invariant.ops.varlen_layout import NAME, Layout, batch_of, capacity, check_values
 from batch_invariant.order import serial, undeclared
+from batch_invariant_cuda.attention import KERNELS as DENSE
 from batch_invariant_cuda.attention import padded_size, refusal, run_of, tile
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, NOBODY
 from batch_invariant_cuda.attention_chains import KEYS
@@ -25,6 +26,14 @@ from batch_invariant_cuda.attention_merge import BLOCK
 from batch_invariant_cuda.row_launch import multiprocessors
 from batch_invariant_cuda.varlen_blocks import combine_sequences, sequences_in_blocks
 from batch_invariant_cuda.varlen_chains import sequences_in_chains
+from batch_invariant_cuda.varlen_ring import (
+    Call,
+    few_rows,
+    few_tiles,
+    many_rows,
+    takes_few,
+    takes_many,
+)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,6 +65,9 @@ def _attention(
             f"{NAME}: lengths and pages must all be on {query.device}, where the query is, or all "
             f"on the CPU, where they are checked; they are on {', '.join(map(str, devices))}"
         )
+    dense = all(x is None for x in (*layout, sinks, window, soft_cap))
+    if dense and query.dtype != torch.float32 and is_square(query, key, causal):
+        return _square(query, key, value, causal, scale)
     layout = Layout(*(None if x is None else x.to(query.device).contiguous() for x in layout))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     *batch, length, heads, _ = q.shape
@@ -69,6 +81,26 @@ def _attention(
     if out.numel() or lse.numel():
         _launch(q, k, v, sinks, layout, out, lse, causal, by, window, soft_cap)
     return out, lse
+
+
+def is_square(query: torch.Tensor, key: torch.Tensor, causal: bool) -> bool:
+    """Whether `scaled_dot_product_attention` computes the same of dense sequences.
+
+    It does where every row sees the sequence's first key, from which both count their blocks; there
+    the first row stands at the first key, here the last row at the last.
+    """
+    return not causal or query.size(1) == 1 or query.size(1) == key.size(1)
+
+
+def _square(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float | None
+) -> Pair:
+    """Dense sequences by the kernels for `scaled_dot_product_attention`."""
+    out, lse = DENSE["scaled_dot_product_attention"].fn(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        is_causal=causal and query.size(1) > 1, scale=scale, enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
 
 
 def _launch(
@@ -121,41 +153,72 @@ def _launch(
             (rows, KEYS, depth, v_depth, *options, unit), 8 if wide else 4,
         )  # fmt: skip
         return
-    each = queries if not packed else -(-tokens // max(sequences, 1))
-    how = tile(each * group, room, max(depth, v_depth), q.device)
-    tiles = tiles_of(how.rows)
-    blocks = -(-room // BLOCK)
-    processors = multiprocessors(q.device.index) if q.is_cuda else 1
-    run = run_of(tiles, max(blocks, 1), processors)
-    split = run < blocks
-    parts = odd = None
-    if split:
-        shape = (lse.numel(), blocks, v_size + 2)
-        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-    care = NOBODY
-    if causal:
-        care = INSIDE if how.rows <= 16 or split else MARK
-    if care == MARK:
-        odd = torch.empty(tiles, dtype=torch.int8, device=q.device)
     factors = (by * math.log2(math.e), 0.0)
     if soft_cap is not None:
         factors = (2 * math.log2(math.e) * by / soft_cap, soft_cap * math.log2(math.e))
-    tensors = (q, k, v, sinks, *layout, out, lse, parts, odd)
-    numbers = (*before, blocks, run, *behind, *factors, tiles)
-    static = (how.rows, depth, v_depth, *options)
-    programs = tiles * -(-blocks // run) if split else tiles
-    sequences_in_blocks(
-        programs, tensors, numbers, (*static, split, care, how.stages, unit, False), how.warps
-    )
-    if care == MARK:
-        again = (*static, False, INSIDE, 1, unit, True)
-        sequences_in_blocks(min(tiles, processors), tensors, numbers, again, how.warps)
-    if split:
+    blocks = -(-room // BLOCK)
+    processors = multiprocessors(q.device.index) if q.is_cuda else 1
+
+    def parts_of() -> torch.Tensor:
+        """Room for weighted sum, maximum and sum of each row over each block of keys."""
+        shape = (lse.numel(), blocks, v_size + 2)
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def merge(parts: torch.Tensor) -> None:
+        width = min(v_depth, 32)
         combine_sequences(
-            lse.numel(), (parts, sinks, *layout[:-1], out, lse),
+            lse.numel() * (v_depth // width), (parts, sinks, *layout[:-1], out, lse),
             (sequences, queries, tokens, heads, room, v_size, blocks, window or 0, *behind[-2:]),
-            (v_depth, *options[:2], 4 if blocks <= 4 else 16), 1,
+            (width, v_depth // width, *options[:2], 4 if blocks <= 4 else 32), 1,
         )  # fmt: skip
+
+    call = Call(q, k, v, sinks, layout, out, lse, causal, factors[0])
+    plain = window is None and soft_cap is None
+    if plain and takes_few(call):
+        runs = runs_of(few_tiles(call)[1] * k.size(-2), blocks, processors)
+        parts = parts_of() if runs > 1 else None
+        few_rows(call, parts, runs)
+        if parts is not None:
+            merge(parts)
+        return
+    each = queries if not packed else -(-tokens // max(sequences, 1))
+    how = tile(each * group, room, max(depth, v_depth), q.device)
+    tiles = tiles_of(how.rows)
+    static = (how.rows, depth, v_depth, *options)
+
+    def mend(odd: torch.Tensor, run: int, marks: int) -> None:
+        sequences_in_blocks(
+            min(tiles, processors), (q, k, v, sinks, *layout, out, lse, None, odd),
+            (*before, blocks, run, *behind, *factors, tiles, marks),
+            (*static, False, INSIDE, 1, unit, True), how.warps,
+        )  # fmt: skip
+
+    if plain and takes_many(call):
+        odd = many_rows(call)
+        if odd is not None:
+            mend(odd, blocks, odd.numel())
+        return
+    run = run_of(tiles, max(blocks, 1), processors)
+    parts = parts_of() if run < blocks else None
+    care = NOBODY
+    if causal:
+        care = INSIDE if how.rows <= 16 or parts is not None else MARK
+    odd = torch.empty(tiles, dtype=torch.int8, device=q.device) if care == MARK else None
+    sequences_in_blocks(
+        tiles if parts is None else tiles * -(-blocks // run),
+        (q, k, v, sinks, *layout, out, lse, parts, odd),
+        (*before, blocks, run, *behind, *factors, tiles, 0),
+        (*static, parts is not None, care, how.stages, unit, False), how.warps,
+    )  # fmt: skip
+    if odd is not None:
+        mend(odd, run, 0)
+    if parts is not None:
+        merge(parts)
+
+
+def runs_of(tiles: int, blocks: int, processors: int) -> int:
+    """Programs that share the blocks of keys of one tile of few rows; it changes no bit."""
+    return max(1, min(blocks, 2 * processors // max(tiles, 1)))
 
 
 def _strides(x: torch.Tensor, paged: bool) -> tuple[int, int, int, int]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, block_sum, has_odd
 from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge, merge_blocks
 from batch_invariant_cuda.row_launch import RowKernel
+from batch_invariant_cuda.rows import FEW, take_turn
 from batch_invariant_cuda.varlen_spans import (
     keys_of,
     places,
@@ -204,17 +205,21 @@ _NUMBERS = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*_NUMBERS, "tiles"])
+@triton.jit(do_not_specialize=[*_NUMBERS, "tiles", "marks"])
 def _attention_kernel(
     q, k, v, sinks, cu_q, cu_k, seq_lens, left_pad, table, out, lse, parts, odd,
     sequences, queries, tokens, heads, group, capacity, size, v_size, blocks, run,
     columns, page_size, pages, window, q_batch, q_head, q_row, k_batch, k_page, k_head, k_row,
-    v_batch, v_page, v_head, v_row, lse_batch, lse_head, scale, cap, tiles,
+    v_batch, v_page, v_head, v_row, lse_batch, lse_head, scale, cap, tiles, marks,
     BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SPLIT: tl.constexpr, CARE: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, MEND: tl.constexpr,
 ):  # fmt: skip
-    """One tile or a run of its keys; MEND: the marked ones of `tiles` once more, carefully."""
+    """One tile or a run of its keys; MEND: the marked ones of `tiles` once more, carefully.
+
+    marks: all of them if there is one among so many marks, which another kernel made; 0 where each
+    tile has its own.
+    """
     if not MEND:
         _tile(
             tl.program_id(0),
@@ -225,8 +230,19 @@ def _attention_kernel(
             BM, D, DV, CAUSAL, WINDOW, CAP, SPLIT, CARE, STAGES, UNIT,
         )  # fmt: skip
     else:
-        for task in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-            if tl.load(odd + task) != 0:
+        some = 0
+        for begin in tl.range(0, marks, 4096):
+            at = begin + tl.arange(0, 4096)
+            marked = tl.load(odd + at, mask=at < marks, other=0).to(tl.int32)
+            some = tl.maximum(some, tl.max(marked, 0))
+        last = tiles
+        if marks != 0 and some == 0:
+            last = 0
+        for task in tl.range(tl.program_id(0), last, tl.num_programs(0)):
+            marked = some
+            if marks == 0:
+                marked = tl.load(odd + task).to(tl.int32)
+            if marked != 0:
                 _tile(
                     task,
                     q, k, v, sinks, cu_q, cu_k, seq_lens, left_pad, table, out, lse, parts, odd,
@@ -246,20 +262,22 @@ def _attention_kernel(
 def _combine_kernel(
     parts, sinks, cu_q, cu_k, seq_lens, left_pad, out, lse,
     sequences, queries, tokens, heads, capacity, v_size, blocks, window, lse_batch, lse_head,
-    DV: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BATCH: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    BATCH: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head from its blocks in memory."""
-    task = tl.program_id(0)
+    """PART columns of one row of one head from its blocks in memory."""
+    take_turn()
+    task = tl.program_id(0) // PARTS
     head, stored = task % heads, task // heads
     b, row, count = sequence_of_row(cu_q, stored, sequences, queries, tokens)
     _, first, end = keys_of(cu_k, seq_lens, left_pad, b, sequences, capacity)
     low, high = walk(end - count, row, first, end, window, CAUSAL, WINDOW)
     from_block = (low - first) // _BLOCK
     to_block = (high - first + _BLOCK - 1) // _BLOCK
-    one, dv = tl.arange(0, 1), tl.arange(0, DV)
+    one, dv = tl.arange(0, 1), tl.program_id(0) % PARTS * PART + tl.arange(0, PART)
     held = dv < v_size
-    at = parts + task.to(tl.int64) * blocks * (v_size + 2)
-    top, total, acc = merge_blocks(at, v_size + 2, v_size, from_block, to_block, dv, held, BATCH)
+    mine = parts + task.to(tl.int64) * blocks * (v_size + 2)
+    top, total, acc = merge_blocks(mine, v_size + 2, v_size, from_block, to_block, dv, held, BATCH)
     top, total, acc = _with_sink(top, total, acc, sinks, head + one, (b + one * 0) < sequences)
     y, e = finish(top, total, acc)
     to = out + task.to(tl.int64) * v_size + dv[None, :]
@@ -267,8 +285,10 @@ def _combine_kernel(
     place = stored
     if cu_q is None:
         place = row
-    tl.store(lse + b.to(tl.int64) * lse_batch + head.to(tl.int64) * lse_head + place + one, e)
+    if tl.program_id(0) % PARTS == 0:
+        at = b.to(tl.int64) * lse_batch + head.to(tl.int64) * lse_head + place
+        tl.store(lse + at + one, e)
 
 
 sequences_in_blocks = RowKernel(_attention_kernel)
-combine_sequences = RowKernel(_combine_kernel)
+combine_sequences = RowKernel(_combine_kernel, overlaps=FEW.value)

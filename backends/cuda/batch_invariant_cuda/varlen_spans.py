@@ -38,7 +38,7 @@ def _last_before(cuts, at, sequences, group, BM: tl.constexpr):
 
 
 @triton.jit
-def _rows(cu_q, b, sequences, tokens):
+def rows_of(cu_q, b, sequences, tokens):
     """The first row of a packed sequence, and how many there are."""
     from_ = _length(cu_q, b, tokens)
     to = from_ * 0 + tokens
@@ -59,7 +59,7 @@ def sequence_of_tile(cu_q, tile, sequences, queries, tokens, group, BM: tl.const
     else:
         b = _last_before(cu_q, tile, sequences, group, BM)
         number = tile - (tl.load(cu_q + b).to(tl.int64) * group // BM).to(tl.int32) - b
-        from_, count = _rows(cu_q, b, sequences, tokens)
+        from_, count = rows_of(cu_q, b, sequences, tokens)
     return b, number, from_, count
 
 
@@ -72,7 +72,7 @@ def sequence_of_row(cu_q, row, sequences, queries, tokens):
         count = row * 0 + queries
     else:
         b = _last_before(cu_q, row, sequences, 1, 1)
-        from_, count = _rows(cu_q, b, sequences, tokens)
+        from_, count = rows_of(cu_q, b, sequences, tokens)
         number = row - from_
     return b, number, count
 

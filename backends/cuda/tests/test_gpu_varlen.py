@@ -162,12 +162,117 @@ def test_cuts_tiles_and_splits_change_no_bit(
         assert mismatch(whole[0][:, begin:end], part[0]) is None, (begin, end)
         assert mismatch(whole[1][:, :, begin:end], part[1]) is None, (begin, end)
     usual = given.packed()
+    monkeypatch.setattr(varlen_attention, "takes_few", lambda _: False)
+    monkeypatch.setattr(varlen_attention, "takes_many", lambda _: False)
     for shape in ((16, 4, 1), (64, 4, 1), (64, 8, 2)):
         for run in (1, 3, 99):
             monkeypatch.setattr(varlen_attention, "tile", lambda *_, s=shape: attention.Tile(*s))
             monkeypatch.setattr(varlen_attention, "run_of", lambda *_, run=run: run)
             for a, b in zip(usual, given.packed(), strict=True):
                 assert mismatch(a, b) is None, (shape, run)
+
+
+class Routes:
+    """Which kernels are asked for calls, and calls that only `varlen_blocks` gets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken: list[str] = []
+        self.closed = False
+        for name in ("is_square", "takes_few", "takes_many"):
+            monkeypatch.setattr(varlen_attention, name, self._asked(name))
+
+    def _asked(self, name: str) -> Any:
+        chosen = getattr(varlen_attention, name)
+
+        def ask(*args: Any) -> bool:
+            found = not self.closed and chosen(*args)
+            if found:
+                self.taken.append(name)
+            return found
+
+        return ask
+
+    def differ(self, expected: str, *tensors: torch.Tensor, **options: Any) -> bool:
+        """Whether a call has other bits by the route that it must take than by `varlen_blocks`."""
+        self.taken.clear()
+        found = call(GPU, *tensors, **options)
+        assert self.taken == [expected]
+        self.closed = True
+        other = call(GPU, *tensors, **options)
+        self.closed = False
+        return any(mismatch(a, b) is not None for a, b in zip(found, other, strict=True))
+
+
+hopper = pytest.mark.skipif(
+    torch.cuda.get_device_capability() != (9, 0), reason="these kernels are for Hopper alone"
+)
+
+
+@hopper
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 64)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_rows_have_one_result_on_every_route(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, causal: bool
+) -> None:
+    routes = Routes(monkeypatch)
+    given = Sequences(dtype, (size, size), {"causal": causal})
+    q, k, v = (torch.cat(x) for x in (given.q, given.k, given.v))
+    packed = {"cu_seqlens_q": cuts(QUERIES), "cu_seqlens_k": cuts(LENGTHS), "causal": causal}
+    assert not routes.differ("takes_many", q, k, v, **packed)
+    # Values that some rows do not see; control: the marks of such rows are looked at.
+    v[700], v[LENGTHS[0]] = math.inf, math.nan
+    assert not routes.differ("takes_many", q, k, v, **packed)
+    many = varlen_attention.many_rows
+    monkeypatch.setattr(varlen_attention, "many_rows", lambda given: many(given).zero_())
+    assert routes.differ("takes_many", q, k, v, **packed)
+    monkeypatch.setattr(varlen_attention, "many_rows", many)
+    three = [torch.stack([x[:300], x[300:600]]) for x in (q, k, v)]
+    three[2].nan_to_num_(0, 0, 0)
+    assert not routes.differ("is_square", *three, causal=causal)
+    three[2][0, 200:] = math.nan
+    padded = {"seq_lens": ints(200, 299), "left_pad": ints(3, 130)}
+    assert not routes.differ("takes_many", *three, causal=causal, **padded)
+    short = [three[0][:, :100], *three[1:]]
+    assert not routes.differ("takes_many", *short, causal=causal, **padded)
+
+
+@hopper
+@pytest.mark.parametrize(
+    ("size", "queries", "page_size"),
+    [(128, 100, 16), (64, 100, 8), (64, 100, 256), (128, 1, 16), (64, 1, 256), (128, 5, 48)],
+)
+def test_pages_have_one_result_on_every_route(
+    monkeypatch: pytest.MonkeyPatch, size: int, queries: int, page_size: int
+) -> None:
+    routes = Routes(monkeypatch)
+    lengths = (700, 3, 1290, 128, 0)
+    columns = -(-max(lengths) // page_size) + 1
+    generator = torch.Generator("cuda").manual_seed(size)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).bfloat16()
+
+    count = len(lengths) * columns
+    table = torch.randperm(count, device="cuda", generator=generator).view(-1, columns)
+    q, k, v = draw(5, queries, 8, size), *(draw(count, page_size, 2, size) for _ in "kv")
+    for b, n in enumerate(lengths):  # nobody sees what lies behind the last key
+        if n:
+            v[table[b, n // page_size], n % page_size :] = math.nan
+    given = {"block_table": table, "seq_lens": ints(*lengths), "causal": True}
+    name = "takes_many" if queries == 100 else "takes_few"
+    usual = varlen_attention.runs_of
+    for runs in (usual, lambda *_: 1, lambda *_: 3):
+        monkeypatch.setattr(varlen_attention, "runs_of", runs)
+        assert not routes.differ(name, q, k, v, **given)
+    if queries < 100:
+        assert not routes.differ(name, q, k, v, sinks=draw(8), **given)
+    packed = {**given, "cu_seqlens_q": cuts((queries - 1, queries, queries, 0, queries))}
+    if queries != 5:
+        assert not routes.differ(name, q.flatten(0, 1), k, v, **packed)
+    # Control: with a page of another sequence the bits are others.
+    before = call(GPU, q, k, v, **given)
+    table[0, 0] = table[2, 0]
+    assert mismatch(before[0][0], call(GPU, q, k, v, **given)[0][0]) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

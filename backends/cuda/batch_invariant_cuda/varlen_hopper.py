@@ -1,0 +1,268 @@
+"""Attention over sequences in bf16 and fp16 on Hopper for many rows: `attention_hopper` by a list.
+
+The copying warp claims tiles from the list of `varlen_plan`, where a counter hands them out, so
+that sequences of any lengths keep all programs busy; the computing groups learn of a tile together
+with its queries. Which program computes a tile changes no bit. Keys lie anywhere that bulk copies
+reach: at an offset in packed storage or in pages, of which a block of 128 keys is several. Rows are
+stored one by one, since behind a tile's last row may lie another sequence.
+"""
+
+# ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
+
+from batch_invariant_cuda.attention_hopper import (
+    KEYS,
+    cut,
+    larger,
+    scores,
+    step_on,
+    weigh,
+)
+from batch_invariant_cuda.attention_plan import ROWS
+from batch_invariant_cuda.varlen_pages import blocks_of, boxes, copy_block, pages_of
+from batch_invariant_cuda.varlen_plan import ENTRY
+
+_ROWS = gl.constexpr(ROWS)
+_HALF = gl.constexpr(ROWS // 2)  # of a tile, to each computing group
+_KEYS = gl.constexpr(KEYS)
+_ENTRY = gl.constexpr(ENTRY)
+_LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _entry(plan, unit, heads, tiles):
+    """The head of a unit, and the numbers of its tile; the last tiles of the list come first."""
+    tile = tiles - 1 - unit // heads
+    found = (unit % heads,)
+    for i in gl.static_range(_ENTRY):
+        found = found + (gl.load(plan + (tile + 1) * _ENTRY + i),)
+    return found
+
+
+@gluon.jit
+def _unit(order, slot):
+    """The unit of a turn, -1 behind the last."""
+    EVERY: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(order.index(slot).load(EVERY), 0)
+
+
+@gluon.jit
+def _copy(
+    qd, kd, vd, plan, table, order, qbuf, kbuf, vbuf,
+    q_full, q_free, k_full, k_free, v_full, v_free, heads, group, columns, page_size, pages,
+    D: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    FILL: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    step = 0
+    turn = 0
+    tiles = gl.load(plan)
+    units = tiles * heads
+    unit = gl.program_id(0)
+    going = units >= 0
+    while going:
+        # Behind a program's last unit one tile of queries and one block of keys are copied in vain.
+        going = unit < units
+        mine = gl.maximum(gl.minimum(unit, units - 1), 0)
+        head, q_batch, q_row, _, batch, first, _, _, end = _entry(plan, mine, heads, tiles)
+        kv_head = head // group
+        end = gl.where(going, end, 1)
+        held = pages_of(table, batch, 0, columns, page_size, pages, PAGE)
+        slot = turn % 3
+        mbarrier.wait(q_free.index(slot), (turn // 3 & 1) ^ 1)
+        order.index(slot).store(gl.full([32], gl.where(going, mine, -1), gl.int32, FILL))
+        gl.thread_barrier()
+        bar = q_full.index(slot)
+        mbarrier.expect(bar, _ROWS * D * 2)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                qd, [q_batch, head, q_row + half * _HALF, 0], bar, qbuf.index(slot * 2 + half)
+            )
+        for j in range(0, end):
+            ahead = pages_of(table, batch, j + 1, columns, page_size, pages, PAGE)
+            slot = step % STAGES
+            phase = (step // STAGES & 1) ^ 1
+            row = first + j * _KEYS
+            mbarrier.wait(k_free.index(slot), phase)
+            copy_block(kd, kbuf, slot, k_full, held, batch, kv_head, row, page_size, D, PAGE)
+            if going:
+                mbarrier.wait(v_free.index(slot), phase)
+                copy_block(vd, vbuf, slot, v_full, held, batch, kv_head, row, page_size, D, PAGE)
+            step += 1
+            held = ahead
+            if j == 0:
+                # Here nobody waits for it.
+                unit = gl.num_programs(0) + gl.atomic_add(plan + 1, 1, sem="relaxed")
+        turn += 1
+
+
+@gluon.jit
+def _finish(
+    out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH: gl.constexpr
+):  # fmt: skip
+    """Writes those of 64 rows that belong to the sequence."""
+    D: gl.constexpr = acc.shape[1]
+    LAYOUT: gl.constexpr = acc.type.layout
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    none = total == 0.0
+    share = gl.div_rn(1.0, gl.where(none, 1.0, total))
+    e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
+    gl.store(to_lse + row, e, mask=row < valid)
+    # Plus 0: blocks that change nothing make +0 of -0, and which are walked may vary.
+    share = gl.convert_layout(share, gl.SliceLayout(1, LAYOUT))[:, None]
+    zero = gl.zeros([_HALF, D], gl.float32, LAYOUT)
+    y = gl.fma(acc, zero + share, zero)
+    held = buf.reshape([_HALF, D])
+    held.store(y.to(out.dtype.element_ty))
+    gl.thread_barrier()
+    y = held.load(STORE)
+    fence_async_shared()
+    index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, STORE))
+    d = gl.arange(0, D, gl.SliceLayout(0, STORE))
+    at = out + ((place + index.to(gl.int64)) * heads + head) * D
+    gl.store(at[:, None] + d[None, :], y, mask=(index < valid)[:, None])
+
+
+@gluon.jit
+def _attend(
+    out, lse, odd, plan, order, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
+    heads, queries, lse_batch, lse_head, scale,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """One computing group of four warps: one half of the rows of every tile."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    step = 0
+    largest = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, LAYOUT))
+    turn = 0
+    tiles = gl.load(plan)
+    mbarrier.wait(q_full.index(0), 0)
+    unit = _unit(order, 0)
+    head, batch, q_row, valid, _, _, seen, keys, end = _entry(
+        plan, gl.maximum(unit, 0), heads, tiles
+    )
+    q = qbuf.index(WHICH).reshape([_HALF, D])
+    s = scores(q, kbuf, k_full, k_free, 0, D, STAGES)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(0))
+    while unit >= 0:
+        row = WHICH * _HALF + gl.arange(0, _HALF, ROW)
+        # The key behind each row's last one.
+        last = gl.full([_HALF], keys, gl.int32, ROW)
+        full = keys // _KEYS
+        if CAUSAL:
+            last = gl.minimum(last, seen + row)
+            full = gl.maximum(gl.minimum(keys, seen), 0) // _KEYS
+        buf = qbuf.index(turn % 3 * 2 + WHICH)
+        q = buf.reshape([_HALF, D])
+        top = gl.full([_HALF], float("-inf"), gl.float32, ROW)
+        total = gl.zeros([_HALF], gl.float32, ROW)
+        acc = gl.zeros([_HALF, D], gl.float32, LAYOUT)
+        for j in range(0, end - 1):
+            if j >= full:
+                s = cut(s, last, j * _KEYS)
+            top, total, acc, s = step_on(
+                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, scale,
+                D, STAGES,
+            )  # fmt: skip
+            step += 1
+        s = cut(s, last, (end - 1) * _KEYS)
+        top, total, part, old, new = weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
+        # All threads have read the results of the turn before from its buffer.
+        gl.thread_barrier()
+        mbarrier.arrive(q_free.index((turn + 2) % 3), pred=turn > 0)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(v_free.index(step % STAGES))
+        step += 1
+        # The first scores of the next turn are computed while this one's results are written.
+        slot = (turn + 1) % 3
+        mbarrier.wait(q_full.index(slot), (turn + 1) // 3 & 1)
+        unit = _unit(order, slot)
+        next_head, next_batch, next_row, next_valid, _, _, next_seen, next_keys, next_end = _entry(
+            plan, gl.maximum(unit, 0), heads, tiles
+        )
+        q = qbuf.index(slot * 2 + WHICH).reshape([_HALF, D])
+        following = scores(q, kbuf, k_full, k_free, step, D, STAGES)
+        acc = gl.fma(part, new, acc * old)
+        if odd is not None:
+            most = gl.reduce(gl.abs(acc), 1, larger)
+            index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, LAYOUT))
+            largest = larger(largest, gl.where(index < valid, most, 0.0))
+        place = batch.to(gl.int64) * queries + q_row
+        to_lse = lse + batch.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head + q_row
+        _finish(out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH)
+        s = warpgroup_mma_wait(0, deps=[following])
+        mbarrier.arrive(k_free.index(step % STAGES))
+        head, batch, q_row, valid = next_head, next_batch, next_row, next_valid
+        seen, keys, end = next_seen, next_keys, next_end
+        turn += 1
+    if odd is not None:
+        finite = gl.reduce(largest, 0, larger) < float("inf")
+        gl.store(odd + gl.program_id(0) * 2 + WHICH, gl.where(finite, 0, 1).to(gl.int8))
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "queries", "columns", "page_size", "pages", "lse_batch", "lse_head",
+    ]
+)  # fmt: skip
+def sequences_ring(
+    qd, kd, vd, out, lse, odd, plan, table,
+    heads, group, queries, columns, page_size, pages, lse_batch, lse_head, scale: gl.float32,
+    D: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """128 rows of a head at a time. plan: the list of `varlen_plan`. table: of pages.
+
+    odd: as of `attention_ring`. queries: of a batch in storage, 0 where sequences are packed.
+    """
+    qbuf = gl.allocate_shared_memory(qd.dtype, [6] + qd.block_type.shape, qd.layout)
+    k_boxes, v_boxes = boxes(kd, STAGES, D, PAGE), boxes(vd, STAGES, D, PAGE)
+    kbuf, vbuf = blocks_of(k_boxes, STAGES, D), blocks_of(v_boxes, STAGES, D)
+    ORDER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    order = gl.allocate_shared_memory(gl.int32, [3, 32], ORDER)
+    q_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(3):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_free.index(i), count=2)
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (_attend, (
+                out, lse, odd, plan, order, qbuf, kbuf, vbuf,
+                q_full, q_free, k_full, k_free, v_full, v_free,
+                heads, queries, lse_batch, lse_head, scale, 0, D, STAGES, CAUSAL,
+            )),
+            (_attend, (
+                out, lse, odd, plan, order, qbuf, kbuf, vbuf,
+                q_full, q_free, k_full, k_free, v_full, v_free,
+                heads, queries, lse_batch, lse_head, scale, 1, D, STAGES, CAUSAL,
+            )),
+            (_copy, (
+                qd, kd, vd, plan, table, order, qbuf, k_boxes, v_boxes,
+                q_full, q_free, k_full, k_free, v_full, v_free,
+                heads, group, columns, page_size, pages, D, PAGE, STAGES,
+            )),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip

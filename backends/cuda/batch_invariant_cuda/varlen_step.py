@@ -1,0 +1,294 @@
+"""Attention over sequences in bf16 and fp16 on Hopper for a few rows: `attention_step` by lengths.
+
+A tile is up to 16 rows of a sequence, of all query heads that share a key head. Its sequence is
+found by every program for itself. Keys lie at an offset or in pages, whose numbers are loaded a
+block ahead of their copies. How many blocks a program takes follows the sequence's own length.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from batch_invariant_cuda.attention_hopper import KEYS
+from batch_invariant_cuda.attention_step import ROWS, SLOTS, _sum
+from batch_invariant_cuda.varlen_pages import blocks_of, boxes, copy_block, pages_of
+
+_ROWS = gl.constexpr(ROWS)
+_KEYS = gl.constexpr(KEYS)
+_SLOTS = gl.constexpr(SLOTS)
+_PIECE = gl.constexpr(16)  # rows of values looked at together: more would not fit the registers
+_LOG2_E = gl.constexpr(1.4426950408889634)
+_LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _length(lengths, at, most):
+    return gl.minimum(gl.maximum(gl.load(lengths + at).to(gl.int32), 0), most)
+
+
+@gluon.jit
+def _queries(cu_q, tile, sequences, queries, tokens, group, SHORT: gl.constexpr):
+    """As `varlen_spans.sequence_of_tile`, without a loop over dependent loads."""
+    if cu_q is None:
+        per = (queries * group + _ROWS - 1) // _ROWS
+        return tile // per, tile % per, 0, queries
+    elif SHORT:  # noqa: RET505
+        begin = _length(cu_q, tile, tokens)
+        count = gl.maximum(_length(cu_q, tile + 1, tokens) - begin, 0)
+        return tile, 0, begin, gl.where(count * group > _ROWS, 0, count)
+    else:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        lanes = gl.arange(0, 512, LAYOUT)
+        found = gl.zeros([512], gl.int32, LAYOUT)
+        for begin in range(0, sequences + 1, 512):
+            at = begin + lanes
+            there = at <= sequences
+            first = gl.load(cu_q + at, mask=there, other=0).to(gl.int64) * group // _ROWS + at
+            found += (there & (first <= tile)).to(gl.int32)
+        b = gl.maximum(gl.sum(found, 0) - 1, 0)
+        begin = _length(cu_q, b, tokens)
+        end = tokens
+        if b < sequences:
+            end = gl.maximum(_length(cu_q, b + 1, tokens), begin)
+        first = gl.load(cu_q + b).to(gl.int64) * group // _ROWS + b
+        return b, gl.maximum(tile - first, 0).to(gl.int32), begin, end - begin
+
+
+@gluon.jit
+def _keys(cu_k, seq_lens, left_pad, b, sequences, capacity):
+    """As `varlen_spans.keys_of`, and the end counted from the first key."""
+    begin = 0
+    first = 0
+    end = 0
+    if b < sequences:
+        end = capacity
+        if cu_k is not None:
+            begin = _length(cu_k, b, capacity)
+            end = gl.maximum(_length(cu_k, b + 1, capacity) - begin, 0)
+        if seq_lens is not None:
+            end = _length(seq_lens, b, capacity)
+        if left_pad is not None:
+            first = gl.minimum(_length(left_pad, b, capacity), end)
+    return begin + first, end - first
+
+
+@gluon.jit
+def _careful(
+    part, p, v, vbuf, pbuf, batch, v_batch, v_page, v_row, table, columns, page_size, pages, from_,
+    first, last, most, PAGE: gl.constexpr,
+):  # fmt: skip
+    """The weighted sum of a block once more, with odd values by the keys that take part alone.
+
+    0 * inf is not 0. Where only values behind the keys of all rows are odd, nothing else is done.
+    """
+    D: gl.constexpr = part.shape[0]
+    LAYOUT: gl.constexpr = part.type.layout
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    row = gl.arange(0, _PIECE, gl.SliceLayout(1, LOAD))
+    strange = gl.zeros([_PIECE, D], gl.int32, LOAD)
+    gl.thread_barrier()
+    for i in gl.static_range(_KEYS // _PIECE):
+        rows = vbuf.slice(i * _PIECE, _PIECE)
+        tile = rows.load(LOAD)
+        wide = tile.to(gl.float32)
+        fine = wide - wide == 0.0
+        used = (from_ + i * _PIECE + row < most)[:, None]
+        strange = strange | (used & ~fine).to(gl.int32)
+        rows.store(gl.where(fine, tile, 0.0))
+    odd = gl.max(gl.max(strange, 1), 0)
+    fence_async_shared()
+    gl.thread_barrier()
+    zero = gl.zeros([D, _ROWS], gl.float32, LAYOUT)
+    part = warpgroup_mma(vbuf.permute((1, 0)), pbuf, zero, use_acc=False, is_async=True)
+    part = warpgroup_mma_wait(0, deps=[part])
+    if odd != 0:
+        index = gl.arange(0, _KEYS, gl.SliceLayout(1, LAYOUT))
+        column = gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
+        p = p.to(v.dtype.element_ty).to(gl.float32)
+        for j in range(0, gl.minimum(most - from_, _KEYS)):
+            weight = gl.sum(gl.where((index == j)[:, None], p, 0.0), 0)
+            at = batch.to(gl.int64) * v_batch + (first + from_ + j).to(gl.int64) * v_row
+            if table is not None:
+                key = from_ + j
+                page = gl.load(table + batch.to(gl.int64) * columns + key // page_size)
+                page = gl.minimum(gl.maximum(page.to(gl.int64), 0), pages - 1)
+                at = page * v_page + (key % page_size).to(gl.int64) * v_row
+            value = gl.load(v + at * 8 + column).to(gl.float32)
+            seen = (value - value != 0.0)[:, None] & (from_ + j < last)[None, :]
+            more = weight[None, :] * (zero + value[:, None])
+            part = gl.where(seen, part + more, part)
+    return part
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "sequences", "queries", "tokens", "heads", "group", "capacity", "blocks", "runs",
+        "columns", "page_size", "pages", "q_batch", "q_head", "q_row", "v_batch", "v_page",
+        "v_head", "v_row", "lse_batch", "lse_head",
+    ]
+)  # fmt: skip
+def sequences_step(
+    kd, vd, q, v, sinks, cu_q, cu_k, seq_lens, left_pad, table, out, lse, parts,
+    sequences, queries, tokens, heads, group, capacity, blocks, runs, columns, page_size, pages,
+    q_batch, q_head, q_row, v_batch, v_page, v_head, v_row, lse_batch, lse_head,
+    scale: gl.float32,
+    D: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
+    SHORT: gl.constexpr,
+):  # fmt: skip
+    """One tile; SPLIT: one of `runs` runs of its blocks. Strides of q and v come divided by 8.
+
+    SHORT: packed sequences whose queries are one tile, by their number; others are left alone.
+    """
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], kd.dtype)
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], kd.dtype)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    ring = boxes(kd, _SLOTS, D, PAGE)
+    held_blocks = blocks_of(ring, _SLOTS, D)
+    pbuf = gl.allocate_shared_memory(kd.dtype, [_KEYS, _ROWS], P_LAYOUT)
+    qbuf = gl.allocate_shared_memory(kd.dtype, [_ROWS, D], Q_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_SLOTS):
+        mbarrier.init(full.index(i), count=1)
+    piece = gl.program_id(0) % runs
+    pair = gl.program_id(0) // runs
+    kv_heads = heads // group
+    kv_head = pair % kv_heads
+    b, number, q_begin, queries_here = _queries(
+        cu_q, pair // kv_heads, sequences, queries, tokens, group, SHORT
+    )
+    first, keys = _keys(cu_k, seq_lens, left_pad, b, sequences, capacity)
+    # The keys that row 0 of the sequence sees, and those that some and all rows of the tile do.
+    seen = keys
+    most = keys
+    fewest = keys
+    row_of = number * _ROWS // group
+    until = gl.minimum((number * _ROWS + _ROWS - 1) // group + 1, queries_here)
+    if CAUSAL:
+        seen = keys - queries_here + 1
+        most = gl.minimum(keys, seen + until - 1)
+        fewest = gl.minimum(keys, seen + row_of)
+    wanted = gl.where(row_of < queries_here, gl.maximum(most + _KEYS - 1, 0) // _KEYS, 0)
+    run = (wanted + runs - 1) // runs
+    begin = piece * run
+    count = gl.maximum(gl.minimum(run, wanted - begin), 0)
+    batch = gl.minimum(b, gl.maximum(sequences - 1, 0))
+    of = batch
+    if cu_k is not None:
+        of = 0
+    fence_async_shared()
+    gl.thread_barrier()
+    held = pages_of(table, batch, begin, columns, page_size, pages, PAGE)
+    ahead = pages_of(table, batch, begin + 1, columns, page_size, pages, PAGE)
+    row = first + begin * _KEYS
+    if count > 0:
+        copy_block(kd, ring, 0, full, held, of, kv_head, row, page_size, D, PAGE)
+        copy_block(vd, ring, 1, full, held, of, kv_head, row, page_size, D, PAGE)
+    if count > 1:
+        copy_block(kd, ring, 2, full, ahead, of, kv_head, row + _KEYS, page_size, D, PAGE)
+    index = number * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, LOAD))
+    head = (kv_head * group + index % group).to(gl.int64)
+    place = (q_begin + index // group).to(gl.int64)
+    start = 0
+    if cu_q is None:
+        start = batch
+    at = (start.to(gl.int64) * q_batch + head * q_head + place * q_row) * 8
+    d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
+    there = (index // group < queries_here)[:, None]
+    qbuf.store(gl.load(q + at[:, None] + d[None, :], mask=there, other=0.0))
+    fence_async_shared()
+    gl.thread_barrier()
+    index = number * _ROWS + gl.arange(0, _ROWS, COLUMN)
+    row_in = index // group
+    head = kv_head * group + index % group
+    valid = row_in < queries_here
+    last = gl.full([_ROWS], keys, gl.int32, COLUMN)
+    if CAUSAL:
+        last = gl.minimum(last, seen + row_in)
+    place = ((start * queries + q_begin).to(gl.int64) + row_in) * heads + head
+    column = gl.arange(0, D, gl.SliceLayout(1, S_LAYOUT))
+    top = gl.full([_ROWS], float("-inf"), gl.float32, COLUMN)
+    total = gl.zeros([_ROWS], gl.float32, COLUMN)
+    acc = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
+    zero = gl.zeros([_KEYS, _ROWS], gl.float32, S_LAYOUT)
+    level = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
+    v += kv_head.to(gl.int64) * v_head * 8
+    for j in range(0, count):
+        step = 2 * j
+        block = begin + j
+        later = pages_of(table, batch, block + 2, columns, page_size, pages, PAGE)
+        mbarrier.wait(full.index(step % _SLOTS), step // _SLOTS & 1)
+        k_tile = held_blocks.index(step % _SLOTS).reshape([_KEYS, D])
+        s = warpgroup_mma(k_tile, qbuf.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        gl.thread_barrier()
+        if j + 1 < count:
+            row = first + (block + 1) * _KEYS
+            copy_block(vd, ring, step % _SLOTS, full, ahead, of, kv_head, row, page_size, D, PAGE)
+        key = block * _KEYS + gl.arange(0, _KEYS, gl.SliceLayout(1, S_LAYOUT))
+        s = gl.where(key[:, None] < last[None, :], s, float("-inf"))
+        next_top = gl.max(s, 0) * scale
+        base = gl.where(next_top == float("-inf"), 0.0, next_top)
+        p = gl.exp2(s * scale - base[None, :])
+        pbuf.store(p.to(kd.dtype))
+        fence_async_shared()
+        next_total = gl.convert_layout(_sum(p), COLUMN)
+        step += 1
+        mbarrier.wait(full.index(step % _SLOTS), step // _SLOTS & 1)
+        v_tile = held_blocks.index(step % _SLOTS).reshape([_KEYS, D])
+        gl.thread_barrier()
+        part = warpgroup_mma(v_tile.permute((1, 0)), pbuf, level, use_acc=False, is_async=True)
+        highest = gl.maximum(top, next_top)
+        base = gl.where(highest == float("-inf"), 0.0, highest)
+        shrink, share = gl.exp2(top - base), gl.exp2(next_top - base)
+        part = warpgroup_mma_wait(0, deps=[part])
+        if block * _KEYS + _KEYS > fewest:  # noqa: SIM102  (a look that costs, and what it found)
+            if gl.max(gl.max(gl.where(part - part == 0.0, 0, 1), 1), 0) != 0:
+                part = _careful(
+                    part, p, v, v_tile, pbuf, of, v_batch, v_page, v_row, table, columns,
+                    page_size, pages, block * _KEYS, first, last, most, PAGE,
+                )  # fmt: skip
+        gl.thread_barrier()
+        if j + 2 < count:
+            row = first + (block + 2) * _KEYS
+            copy_block(kd, ring, step % _SLOTS, full, later, of, kv_head, row, page_size, D, PAGE)
+        ahead = later
+        if SPLIT:
+            to = parts + (place * blocks + block) * (D + 2)
+            gl.store(to[None, :] + column[:, None], part, mask=valid[None, :])
+            gl.store(to + D, next_top, mask=valid)
+            gl.store(to + D + 1, next_total, mask=valid)
+        else:
+            total = gl.fma(next_total, share, total * shrink)
+            acc = gl.fma(part, level + share[None, :], acc * shrink[None, :])
+            top = highest
+    # Not earlier: what is launched while all multiprocessors are full would crowd on few.
+    gdc_launch_dependents()
+    if not SPLIT:
+        if sinks is not None:
+            own = valid & (b < sequences)
+            sink = gl.load(sinks + head, mask=own, other=float("-inf")).to(gl.float32) * _LOG2_E
+            highest = gl.maximum(top, sink)
+            base = gl.where(highest == float("-inf"), 0.0, highest)
+            shrink, share = gl.exp2(top - base), gl.exp2(sink - base)
+            total = gl.fma(gl.where(own, 1.0, 0.0), share, total * shrink)
+            acc = gl.fma(level, level + share[None, :], acc * shrink[None, :])
+            top = highest
+        none = total == 0.0
+        share = gl.div_rn(1.0, gl.where(none, 1.0, total))
+        e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
+        to = lse + start.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head
+        gl.store(to + q_begin + row_in, e, mask=valid)
+        # Plus 0 as in the other kernels of this order.
+        y = gl.fma(acc, level + share[None, :], level)
+        to = out + place * D
+        gl.store(to[None, :] + column[:, None], y.to(kd.dtype), mask=valid[None, :])
