@@ -121,6 +121,8 @@ def test_every_kind_of_schedule_gives_one_result(dtype, k, n):
     for m in (5, 77, 200, 600):
         a = tune.adversarial(m, k, dtype)
         b = torch.randn(n, k, device="cuda").to(dtype).t()
+        a[0] = -0.0  # times positive weights, in half of the columns: the sign of a sum of -0
+        b[:, ::2].abs_()
         p = matmul.problem(a, b, None, False)
         for text in [*tune.candidates(m, chunked, dtype), *extra]:
             if p.refuses(parse(text)) is None:
