@@ -81,6 +81,11 @@ def _box(call: Call) -> int:
     return math.gcd(size, KEYS)
 
 
+def _is_page(call: Call) -> bool:
+    """Whether a box is a page."""
+    return call.layout.block_table is not None and _box(call) == call.k.size(1)
+
+
 def _fits(call: Call) -> bool:
     paged = call.layout.block_table is not None
     return (
@@ -142,7 +147,7 @@ def few_rows(call: Call, parts: torch.Tensor | None, runs: int, short: bool = Fa
             (0 if paged else first) // 8, (first if paged else 0) // 8, call.v.stride(-2) // 8,
             call.v.stride(-3) // 8, *call.lse_strides(), call.factor,
         ),
-        (size, box, call.causal, parts is not None, short),
+        (size, box, call.causal, parts is not None, short, _is_page(call)),
     )  # fmt: skip
 
 
@@ -175,6 +180,6 @@ def many_rows(call: Call) -> torch.Tensor | None:
         (boxed(q, ROWS // 2), boxed(k, box, WIDTH), boxed(v, box, WIDTH)),
         (call.out, call.lse, odd, plan, layout.block_table),
         (heads, call.group, call.queries, *call.pages(), *call.lse_strides(), call.factor),
-        (size, box, _STAGES, call.causal),
+        (size, box, _is_page(call), _STAGES, call.causal),
     )
     return odd
