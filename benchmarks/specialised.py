@@ -67,23 +67,22 @@ def _inputs(rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
 def survey(variant: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """By program: values that depend on the batch, of all, and values that eager code has not."""
     with torch.no_grad(), bi.enabled() if variant == "mode" else torch.no_grad():
-        largest = _inputs(max(ROWS), dtype, device)
         torch.compiler.reset()
         dynamic = torch.compile(every, dynamic=True)
-        reference, eager = dynamic(*largest), every(*largest)
+        moved = {rows: dynamic(*_inputs(rows, dtype, device)) for rows in ROWS}
+        reference = moved[max(ROWS)]
+        eager = every(*_inputs(max(ROWS), dtype, device))
         found = {
             name: {"values": 0, "by_rows": 0, "by_specialisation": 0, "unlike_eager": _unlike(a, b)}
             for name, a, b in zip(PROGRAMS, reference, eager, strict=True)
         }
         for rows in ROWS:
-            torch.compiler.reset()
-            given = _inputs(rows, dtype, device)
-            static = torch.compile(every, dynamic=False)(*given)
-            moved = dynamic(*given)
+            torch.compiler.reset()  # else a graph that is there and fits would run
+            static = torch.compile(every, dynamic=False)(*_inputs(rows, dtype, device))
             for i, of in enumerate(found.values()):
                 of["values"] += static[i].numel()
-                of["by_rows"] += _unlike(moved[i], reference[i][:rows])
-                of["by_specialisation"] += _unlike(static[i], moved[i])
+                of["by_rows"] += _unlike(moved[rows][i], reference[i][:rows])
+                of["by_specialisation"] += _unlike(static[i], moved[rows][i])
     return found
 
 
@@ -129,6 +128,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "device": device,
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "rows": ROWS,
         "columns": N,
     }
