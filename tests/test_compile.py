@@ -356,7 +356,8 @@ def test_exported_programs() -> None:
 @needs_compiler
 def test_packages_of_aotinductor(tmp_path: Path) -> None:
     """A package keeps the operators that it was compiled with, whatever the mode is later."""
-    model = torch.nn.Sequential(torch.nn.LayerNorm(1030), torch.nn.Linear(1030, 33), torch.nn.SiLU())
+    layers = torch.nn.LayerNorm(1030), torch.nn.Linear(1030, 33), torch.nn.SiLU()
+    model = torch.nn.Sequential(*layers)
     x = cancelling(40, 1030)
     rows = torch.export.Dim("rows", min=1, max=64)
     with torch.no_grad(), bi.enabled():

@@ -19,7 +19,8 @@ from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.matmul import matmul
 from batch_invariant.ops.probe import Probe, Site
-from batch_invariant.ops.reduce import sum, sum_bound
+from batch_invariant.ops.reduce import sum
+from batch_invariant.ops.reduce_cases import sum_bound
 from batch_invariant.ops.variant import Args, Axes, Variant
 
 

@@ -11,9 +11,21 @@ from typing import Any
 
 import torch
 
-from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.contract import Op
 from batch_invariant.ops.dims import Dims, normalize, reduced_shape
 from batch_invariant.ops.probe import EXPONENTIALS, SQUARES, column_sums, row_probe
+from batch_invariant.ops.reduce_cases import (
+    bound_logsumexp,
+    bound_mean,
+    bound_norm,
+    bound_prod,
+    bound_std,
+    bound_sum,
+    bound_var,
+    case_factors,
+    case_row,
+    shapes,
+)
 from batch_invariant.ops.variant import tokens
 
 
@@ -308,102 +320,6 @@ def _with_mean(
     return out, mean(self, dim, keepdim)
 
 
-def sum_bound(
-    magnitude: torch.Tensor, exact: torch.Tensor, n: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """|error| <= (n + 2) u32 sum|x| for any order of n fp32 additions, plus one rounding."""
-    accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
-    unit = torch.finfo(dtype).eps / 2
-    loose = accumulate * (n + 2) * magnitude
-    return loose + unit * (exact.abs() + loose) + torch.finfo(dtype).tiny
-
-
-def _reduced_elements(x: torch.Tensor, out: torch.Tensor) -> int:
-    return x.numel() // max(out.numel(), 1)
-
-
-def _bound_sum(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-    exact = self.sum(dim)
-    return sum_bound(self.abs().sum(dim), exact, _reduced_elements(self, exact), dtype)
-
-
-def _bound_mean(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-    exact = self.mean(dim)
-    return sum_bound(self.abs().mean(dim), exact, _reduced_elements(self, exact) + 1, dtype)
-
-
-def _bound_var(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-    exact = self.var(dim, correction=1)
-    n = _reduced_elements(self, exact)
-    # The mean's own error enters squared and, through the centred sum, in first order.
-    spread = self.abs().mean(dim).square() + exact
-    return sum_bound(4 * spread, exact, n + 4, dtype)
-
-
-def _bound_std(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-    exact = self.std(dim, correction=1)
-    return _bound_var(self, dim, torch.float32) / exact + torch.finfo(dtype).eps * exact
-
-
-def _bound_norm(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-    exact = torch.linalg.vector_norm(self, dim=dim)
-    return sum_bound(exact, exact, _reduced_elements(self, exact), dtype)
-
-
-def _bound_logsumexp(self: torch.Tensor, dim: Any, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-    exact = self.logsumexp(dim)
-    n = _reduced_elements(self, exact)
-    return sum_bound(self.amax(dim).abs() + 1, exact, n + 8, dtype)
-
-
-def _case(n: int, **arguments: Any) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, n), "dim": -1, "keepdim": False, **arguments}
-
-    return Case(f"{n}", args)
-
-
-def _case_middle(a: int, b: int, **arguments: Any) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, b, a).mT, "dim": 1, "keepdim": False, **arguments}
-
-    return Case(f"{a}x{b} over dim 1, strided", args)
-
-
-def _case_columns(n: int, **arguments: Any) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, n).mT.contiguous(), "dim": 0, "keepdim": False, **arguments}
-
-    return Case(f"{n} over dim 0", args, batch_axes={"self": 1})
-
-
-def _case_two(a: int, b: int, **arguments: Any) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, a, b), "dim": [1, 2], "keepdim": False, **arguments}
-
-    return Case(f"{a}x{b} over two dims", args)
-
-
-def _case_factors(n: int) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        # Factors near one, so that a long product neither vanishes nor overflows.
-        x = draw.normal(rows, n)
-        return {"self": (1 + x / 64).to(draw.dtype), "dim": -1, "keepdim": False}
-
-    return Case(f"{n}", args)
-
-
-def _shapes(**arguments: Any) -> tuple[Case, ...]:
-    return (
-        _case(1024, **arguments),
-        _case(4099, **arguments),
-        _case(20011, **arguments),
-        _case_middle(1025, 3, **arguments),
-        _case_columns(1030, **arguments),
-        _case_two(33, 65, **arguments),
-    )
-
-
 _WIDE = {"dtype": torch.float32}
 _FULL = "Tensor self, int[1]? dim, bool keepdim"
 
@@ -413,11 +329,11 @@ OPS = (
         schema=f"({_FULL}, *, ScalarType? dtype=None) -> Tensor",
         fake=_fake_sum,
         reference=torch.sum,
-        cases=_shapes(),
+        cases=shapes(),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case(n),
-        error_bound=_bound_sum,
+        any_size=lambda n=2100: case_row(n),
+        error_bound=bound_sum,
         probe=row_probe(wide=_WIDE, layouts=column_sums(wide=_WIDE)),
         aten={"sum": _sum_all, "sum.dim_IntList": None},
         setup_context=_save_reduction(save_output=False),
@@ -428,11 +344,11 @@ OPS = (
         schema=f"({_FULL}, *, ScalarType? dtype=None) -> Tensor",
         fake=_fake_mean,
         reference=torch.mean,
-        cases=_shapes(),
+        cases=shapes(),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case(n),
-        error_bound=_bound_mean,
+        any_size=lambda n=2100: case_row(n),
+        error_bound=bound_mean,
         probe=row_probe(divided=True, wide=_WIDE),
         aten={"mean": _sum_all, "mean.dim": None},
         setup_context=_save_reduction(save_output=False),
@@ -443,13 +359,11 @@ OPS = (
         schema=("(Tensor self, int? dim, bool keepdim, *, ScalarType? dtype=None) -> Tensor"),
         fake=_fake_prod,
         reference=torch.prod,
-        cases=(_case_factors(1024), _case_factors(4099)),
+        cases=(case_factors(1024), case_factors(4099)),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case_factors(n),
-        error_bound=lambda self, dim, keepdim, dtype: sum_bound(
-            self.prod(dim).abs(), self.prod(dim), self.size(-1), dtype
-        ),
+        any_size=lambda n=2100: case_factors(n),
+        error_bound=bound_prod,
         aten={"prod": _sum_all, "prod.dim_int": None},
         setup_context=_save_reduction(save_output=True),
         backward=_back_prod,
@@ -461,11 +375,11 @@ OPS = (
         ),
         fake=_fake_var,
         reference=torch.var,
-        cases=_shapes(),
+        cases=shapes(),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case(n + 1),
-        error_bound=_bound_var,
+        any_size=lambda n=2100: case_row(n + 1),
+        error_bound=bound_var,
         aten={"var.correction": None, "var_mean.correction": _with_mean},
         setup_context=_save_reduction(save_output=True),
         backward=_back_var,
@@ -477,11 +391,11 @@ OPS = (
         ),
         fake=_fake_var,
         reference=torch.std,
-        cases=_shapes(),
+        cases=shapes(),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case(n + 1),
-        error_bound=_bound_std,
+        any_size=lambda n=2100: case_row(n + 1),
+        error_bound=bound_std,
         aten={"std.correction": None, "std_mean.correction": _with_mean},
         setup_context=_save_reduction(save_output=True),
         backward=_back_std,
@@ -494,11 +408,11 @@ OPS = (
         ),
         fake=_fake_norm,
         reference=torch.linalg.vector_norm,
-        cases=_shapes(ord=2),
+        cases=shapes(ord=2),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case(n, ord=2),
-        error_bound=_bound_norm,
+        any_size=lambda n=2100: case_row(n, ord=2),
+        error_bound=bound_norm,
         probe=row_probe(
             arguments={"ord": 2, "dim": -1, "keepdim": False},
             sum_of="the squares of a row",
@@ -520,11 +434,11 @@ OPS = (
         schema="(Tensor self, int[1] dim, bool keepdim) -> Tensor",
         fake=_fake_logsumexp,
         reference=torch.logsumexp,
-        cases=_shapes(),
+        cases=shapes(),
         batch_axes={"self": 0},
         schedule=tokens,
-        any_size=lambda n=2100: _case(n),
-        error_bound=_bound_logsumexp,
+        any_size=lambda n=2100: case_row(n),
+        error_bound=bound_logsumexp,
         probe=row_probe(sum_of="exp of a row", **EXPONENTIALS),
         aten={"logsumexp": None},
         setup_context=_save_logsumexp,

@@ -13,7 +13,8 @@ import torch
 
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.probe import of_rows, row_probe
-from batch_invariant.ops.reduce import result_dtype, sum_bound
+from batch_invariant.ops.reduce import result_dtype
+from batch_invariant.ops.reduce_cases import sum_bound
 from batch_invariant.ops.variant import Args, Axes, Variant
 
 

@@ -14,7 +14,7 @@ import torch
 from batch_invariant.ops.contract import Case, Draw, Op
 from batch_invariant.ops.dims import normalize
 from batch_invariant.ops.probe import EXPONENTIALS, at_base, row_probe
-from batch_invariant.ops.reduce import sum_bound
+from batch_invariant.ops.reduce_cases import sum_bound
 from batch_invariant.ops.variant import tokens
 
 

@@ -9,7 +9,7 @@ import torch
 
 from batch_invariant.ops.contract import Case, Draw
 from batch_invariant.ops.probe import Probe, Site
-from batch_invariant.ops.reduce import sum_bound
+from batch_invariant.ops.reduce_cases import sum_bound
 from batch_invariant.ops.variant import Args, Axes, Variant
 from batch_invariant.ops.varlen_definition import Part, attend, factor, parts
 from batch_invariant.ops.varlen_layout import Layout, batch_of

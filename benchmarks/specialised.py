@@ -3,10 +3,11 @@
 Programs of elementwise operations are compiled for each number of rows (static), and once for all
 of them (dynamic), by stock torch and with the mode on. Counted are the values of the rows that all
 have in common whose bits differ from those of the dynamic graph at the largest number of rows, and
-those that differ from eager code. Then the time of the programs at 16384 rows is measured with each
-of Inductor's switches that the mode sets, alone and all together, without the mode.
+those that differ from eager code. Then the time of the programs is measured with each of Inductor's
+switches that the mode sets, alone and all together, without the mode: at 512 rows on a CPU, at
+16384 on a GPU (--device cuda).
 
-    python backends/cuda/benchmarks/specialised.py --out docs/benchmarks/cuda_specialised.json
+    python benchmarks/specialised.py --json docs/benchmarks/specialised.json
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cpu import processor
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 import batch_invariant as bi
 from batch_invariant.inductor.compile_fx import EXACT
@@ -64,23 +67,22 @@ def _inputs(rows: int, dtype: torch.dtype, device: str) -> list[Tensor]:
 def survey(variant: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """By program: values that depend on the batch, of all, and values that eager code has not."""
     with torch.no_grad(), bi.enabled() if variant == "mode" else torch.no_grad():
-        largest = _inputs(max(ROWS), dtype, device)
         torch.compiler.reset()
         dynamic = torch.compile(every, dynamic=True)
-        reference, eager = dynamic(*largest), every(*largest)
+        moved = {rows: dynamic(*_inputs(rows, dtype, device)) for rows in ROWS}
+        reference = moved[max(ROWS)]
+        eager = every(*_inputs(max(ROWS), dtype, device))
         found = {
             name: {"values": 0, "by_rows": 0, "by_specialisation": 0, "unlike_eager": _unlike(a, b)}
             for name, a, b in zip(PROGRAMS, reference, eager, strict=True)
         }
         for rows in ROWS:
-            torch.compiler.reset()
-            given = _inputs(rows, dtype, device)
-            static = torch.compile(every, dynamic=False)(*given)
-            moved = dynamic(*given)
+            torch.compiler.reset()  # else a graph that is there and fits would run
+            static = torch.compile(every, dynamic=False)(*_inputs(rows, dtype, device))
             for i, of in enumerate(found.values()):
                 of["values"] += static[i].numel()
-                of["by_rows"] += _unlike(moved[i], reference[i][:rows])
-                of["by_specialisation"] += _unlike(static[i], moved[i])
+                of["by_rows"] += _unlike(moved[rows][i], reference[i][:rows])
+                of["by_specialisation"] += _unlike(static[i], moved[rows][i])
     return found
 
 
@@ -91,10 +93,9 @@ def _unlike(a: Tensor, b: Tensor) -> int:
 def costs(dtype: torch.dtype, device: str, rows: int) -> dict[str, dict[str, float]]:
     """Microseconds of each program under each switch."""
     from torch._inductor import config
-    from triton.testing import do_bench_cudagraph
 
     known = config.get_config_copy()
-    switches: dict[str, Any] = {k: v for k, v in EXACT.items() if k in known and "cpp" not in k}
+    switches: dict[str, Any] = {k: v for k, v in EXACT.items() if k in known}
     settings = {"none": {}, **{k: {k: v} for k, v in switches.items()}, "all": switches}
     given = [torch.randn(rows, N, device=device).to(dtype) for _ in range(3)]
     found: dict[str, dict[str, float]] = {name: {} for name in PROGRAMS}
@@ -102,21 +103,35 @@ def costs(dtype: torch.dtype, device: str, rows: int) -> dict[str, dict[str, flo
         torch.compiler.reset()
         for name, program in PROGRAMS.items():
             compiled = torch.compile(program, dynamic=False, options=patches)
-            compiled(*given)
-            time = do_bench_cudagraph(lambda run=compiled: run(*given), rep=10)
-            found[name][setting] = round(1000 * time, 2)
+            with torch.no_grad():
+                compiled(*given)
+                found[name][setting] = _microseconds(lambda run=compiled: run(*given), device)
     return found
+
+
+def _microseconds(run: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        from triton.testing import do_bench_cudagraph
+
+        return round(1000 * do_bench_cudagraph(run, rep=10), 2)
+    return round(1e6 * Timer("run()", globals={"run": run}).blocked_autorange().median, 1)
 
 
 def main() -> None:
     """Prints the JSON, and writes it where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="write the JSON there")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
-    result: dict[str, Any] = {"torch": torch.__version__, "rows": ROWS, "columns": N}
-    if given.device == "cuda":
-        result["device"] = torch.cuda.get_device_name()
+    cuda = given.device == "cuda"
+    device = torch.cuda.get_device_name() if cuda else processor()
+    result: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": ROWS,
+        "columns": N,
+    }
     parts = [(v, d) for v in ("stock", "mode") for d in (torch.float32, torch.bfloat16)]
     with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
         running = {
@@ -124,12 +139,12 @@ def main() -> None:
             for v, d in parts
         }
         result["survey"] = {name: future.result() for name, future in running.items()}
-    if given.device == "cuda":
-        result["microseconds_of_16384_rows"] = costs(torch.bfloat16, "cuda", 16384)
+    rows = 16384 if cuda else 512
+    result[f"microseconds of {rows} rows, bfloat16"] = costs(torch.bfloat16, given.device, rows)
     text = json.dumps(result, indent=1)
     print(text)
-    if given.out:
-        Path(given.out).write_text(text + "\n")
+    if given.json:
+        given.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":
