@@ -92,14 +92,13 @@ class DescribedKernel:
         with torch.cuda.device(device):
             kinds = tuple(None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
             key = (device, described[0].base.dtype, kinds, static)
-            kernel = self._compiled.get(key)
-            if kernel is None:
+            found = self._compiled.get(key)
+            if found is None:
                 kernel = self._fn.warmup(
                     *described, *tensors, *numbers, *static, **self._options, grid=(programs,)
                 )
-                self._compiled[key] = kernel
-            runner = kernel.run
-            launch = launcher(runner)
+                found = self._compiled[key] = kernel, kernel.run, launcher(kernel.run)
+            kernel, runner, launch = found
             if launch is None:
                 given = (*described, *tensors, *numbers, *static)
                 self._fn[(programs,)](*given, **self._options)

@@ -35,52 +35,70 @@ _ROWS = gl.constexpr(ROWS)
 _HALF = gl.constexpr(ROWS // 2)  # of a tile, to each computing group
 _KEYS = gl.constexpr(KEYS)
 _ENTRY = gl.constexpr(ENTRY)
+# Lanes that hold what the list does not: the head, and whether there is a tile at all.
+_HEAD = gl.constexpr(ENTRY)
+_GOING = gl.constexpr(ENTRY + 1)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _entry(plan, unit, heads, tiles):
-    """The head of a unit, and the numbers of its tile; the last tiles of the list come first."""
-    tile = tiles - 1 - unit // heads
-    found = (unit % heads,)
-    for i in gl.static_range(_ENTRY):
-        found = found + (gl.load(plan + (tile + 1) * _ENTRY + i),)
-    return found
+def _entry(plan, unit, heads, tiles, lane):
+    """The numbers of a unit's tile, a number a lane; the last tiles of the list come first."""
+    tile = gl.maximum(tiles - 1 - unit // heads, 0)
+    return gl.load(plan + (tile + 1) * _ENTRY + lane, mask=lane < _ENTRY, other=0)
 
 
 @gluon.jit
-def _unit(order, slot):
-    """The unit of a turn, -1 behind the last."""
-    EVERY: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(order.index(slot).load(EVERY), 0)
+def _claim(plan, lane):
+    """Counts one more unit as taken; lane 0 has how many were before."""
+    return gl.atomic_add(plan + 1 + lane * 0, lane * 0 + 1, lane == 0, sem="relaxed")
+
+
+@gluon.jit
+def _told(order, slot, NUMBER: gl.constexpr, WARPS: gl.constexpr = 1):
+    """A number of the tile of a turn, from what the copying warp left in shared memory."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.max(order.index(slot * 32 + NUMBER).load(ONE), 0)
 
 
 @gluon.jit
 def _copy(
     qd, kd, vd, plan, table, order, qbuf, kbuf, vbuf,
     q_full, q_free, k_full, k_free, v_full, v_free, heads, group, columns, page_size, pages,
-    D: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, PAGE: gl.constexpr, ONE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
-    FILL: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ORDER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    lane = gl.arange(0, 32, LANES)
+    per = page_size // PAGE
     step = 0
     turn = 0
     tiles = gl.load(plan)
     units = tiles * heads
     unit = gl.program_id(0)
+    entry = _entry(plan, unit, heads, tiles, lane)
+    claimed = _claim(plan, lane)
     going = units >= 0
     while going:
         # Behind a program's last unit one tile of queries and one block of keys are copied in vain.
         going = unit < units
-        mine = gl.maximum(gl.minimum(unit, units - 1), 0)
-        head, q_batch, q_row, _, batch, first, _, _, end = _entry(plan, mine, heads, tiles)
-        kv_head = head // group
-        end = gl.where(going, end, 1)
-        held = pages_of(table, batch, 0, columns, page_size, pages, PAGE)
+        now = gl.where(lane == _HEAD, unit % heads, entry)
+        now = gl.where(lane == _GOING, going.to(gl.int32), now)
+        # What the next turn needs is on its way while this one's blocks are copied.
+        unit = gl.num_programs(0) + gl.max(gl.where(lane == 0, claimed, 0), 0)
+        entry = _entry(plan, unit, heads, tiles, lane)
+        claimed = _claim(plan, lane)
         slot = turn % 3
         mbarrier.wait(q_free.index(slot), (turn // 3 & 1) ^ 1)
-        order.index(slot).store(gl.full([32], gl.where(going, mine, -1), gl.int32, FILL))
+        order._reinterpret(gl.int32, [3, 32], ORDER).index(slot).store(now)
         gl.thread_barrier()
+        head, end = _told(order, slot, _HEAD), _told(order, slot, 7)
+        q_batch, q_row = _told(order, slot, 0), _told(order, slot, 1)
+        batch, first = _told(order, slot, 3), _told(order, slot, 4)
+        end = gl.where(going, end, 1)
+        kv_head = head // group
+        held = pages_of(table, batch, 0, columns, per, PAGE, ONE)
         bar = q_full.index(slot)
         mbarrier.expect(bar, _ROWS * D * 2)
         for half in gl.static_range(2):
@@ -88,20 +106,20 @@ def _copy(
                 qd, [q_batch, head, q_row + half * _HALF, 0], bar, qbuf.index(slot * 2 + half)
             )
         for j in range(0, end):
-            ahead = pages_of(table, batch, j + 1, columns, page_size, pages, PAGE)
+            ahead = pages_of(table, batch, j + 1, columns, per, PAGE, ONE)
             slot = step % STAGES
             phase = (step // STAGES & 1) ^ 1
-            row = first + j * _KEYS
             mbarrier.wait(k_free.index(slot), phase)
-            copy_block(kd, kbuf, slot, k_full, held, batch, kv_head, row, page_size, D, PAGE)
+            copy_block(
+                kd, kbuf, slot, k_full, held, batch, kv_head, first, j, per, pages, D, PAGE, ONE
+            )
             if going:
                 mbarrier.wait(v_free.index(slot), phase)
-                copy_block(vd, vbuf, slot, v_full, held, batch, kv_head, row, page_size, D, PAGE)
+                copy_block(
+                    vd, vbuf, slot, v_full, held, batch, kv_head, first, j, per, pages, D, PAGE, ONE
+                )
             step += 1
             held = ahead
-            if j == 0:
-                # Here nobody waits for it.
-                unit = gl.num_programs(0) + gl.atomic_add(plan + 1, 1, sem="relaxed")
         turn += 1
 
 
@@ -145,17 +163,18 @@ def _attend(
     step = 0
     largest = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, LAYOUT))
     turn = 0
-    tiles = gl.load(plan)
     mbarrier.wait(q_full.index(0), 0)
-    unit = _unit(order, 0)
-    head, batch, q_row, valid, _, _, seen, keys, end = _entry(
-        plan, gl.maximum(unit, 0), heads, tiles
-    )
+    going = _told(order, 0, _GOING, 4)
     q = qbuf.index(WHICH).reshape([_HALF, D])
     s = scores(q, kbuf, k_full, k_free, 0, D, STAGES)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0))
-    while unit >= 0:
+    while going != 0:
+        slot = turn % 3
+        head, batch = _told(order, slot, _HEAD, 4), _told(order, slot, 0, 4)
+        q_row, valid = _told(order, slot, 1, 4), _told(order, slot, 2, 4)
+        seen = _told(order, slot, 5, 4)
+        keys, end = _told(order, slot, 6, 4), _told(order, slot, 7, 4)
         row = WHICH * _HALF + gl.arange(0, _HALF, ROW)
         # The key behind each row's last one.
         last = gl.full([_HALF], keys, gl.int32, ROW)
@@ -187,10 +206,7 @@ def _attend(
         # The first scores of the next turn are computed while this one's results are written.
         slot = (turn + 1) % 3
         mbarrier.wait(q_full.index(slot), (turn + 1) // 3 & 1)
-        unit = _unit(order, slot)
-        next_head, next_batch, next_row, next_valid, _, _, next_seen, next_keys, next_end = _entry(
-            plan, gl.maximum(unit, 0), heads, tiles
-        )
+        going = _told(order, slot, _GOING, 4)
         q = qbuf.index(slot * 2 + WHICH).reshape([_HALF, D])
         following = scores(q, kbuf, k_full, k_free, step, D, STAGES)
         acc = gl.fma(part, new, acc * old)
@@ -203,8 +219,6 @@ def _attend(
         _finish(out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH)
         s = warpgroup_mma_wait(0, deps=[following])
         mbarrier.arrive(k_free.index(step % STAGES))
-        head, batch, q_row, valid = next_head, next_batch, next_row, next_valid
-        seen, keys, end = next_seen, next_keys, next_end
         turn += 1
     if odd is not None:
         finite = gl.reduce(largest, 0, larger) < float("inf")
@@ -219,9 +233,12 @@ def _attend(
 def sequences_ring(
     qd, kd, vd, out, lse, odd, plan, table,
     heads, group, queries, columns, page_size, pages, lse_batch, lse_head, scale: gl.float32,
-    D: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    D: gl.constexpr, PAGE: gl.constexpr, ONE: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """128 rows of a head at a time. plan: the list of `varlen_plan`. table: of pages.
+
+    PAGE: rows of a box; ONE: of a page, too.
 
     odd: as of `attention_ring`. queries: of a batch in storage, 0 where sequences are packed.
     """
@@ -229,7 +246,7 @@ def sequences_ring(
     k_boxes, v_boxes = boxes(kd, STAGES, D, PAGE), boxes(vd, STAGES, D, PAGE)
     kbuf, vbuf = blocks_of(k_boxes, STAGES, D), blocks_of(v_boxes, STAGES, D)
     ORDER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    order = gl.allocate_shared_memory(gl.int32, [3, 32], ORDER)
+    order = gl.allocate_shared_memory(gl.int32, [3 * 32, 1], ORDER)
     q_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -260,7 +277,7 @@ def sequences_ring(
             (_copy, (
                 qd, kd, vd, plan, table, order, qbuf, k_boxes, v_boxes,
                 q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, group, columns, page_size, pages, D, PAGE, STAGES,
+                heads, group, columns, page_size, pages, D, PAGE, ONE, STAGES,
             )),
         ],
         [4, 1],

@@ -20,15 +20,21 @@ _WIDTH = gl.constexpr(WIDTH)
 
 
 @gluon.jit
-def pages_of(table, batch, block, columns, page_size, pages, PAGE: gl.constexpr):
-    """The pages of the boxes of a block of a sequence; some page where the table ends before."""
+def pages_of(table, batch, block, columns, per, PAGE: gl.constexpr, ONE: gl.constexpr):
+    """Numbers of the pages of a block's boxes, as loaded; any where the table ends before.
+
+    per: boxes of a page; ONE: it is 1, and nothing need be divided. Nothing is computed with the
+    numbers here, so that nobody waits for them.
+    """
     found = ()
     if table is not None:
-        for i in gl.static_range(_KEYS // PAGE):
-            column = (block * _KEYS + i * PAGE) // page_size
+        COUNT: gl.constexpr = _KEYS // PAGE
+        for i in gl.static_range(COUNT):
+            column = block * COUNT + i
+            if not ONE:
+                column = column // per
             at = batch.to(gl.int64) * columns + gl.minimum(column, columns - 1)
-            page = gl.load(table + at)
-            found = found + (gl.minimum(gl.maximum(page, 0), pages - 1).to(gl.int32),)
+            found = found + (gl.load(table + at),)
     return found
 
 
@@ -48,18 +54,22 @@ def blocks_of(buffers, SLOTS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def copy_block(
-    desc, buffers, slot, full, held, batch, head, row, page_size, D: gl.constexpr,
-    PAGE: gl.constexpr,
+    desc, buffers, slot, full, held, batch, head, first, block, per, pages, D: gl.constexpr,
+    PAGE: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
-    """Begins the copy of a block, of `held` pages or from that row of a batch."""
+    """Begins the copy of a block, of `held` pages or of a batch from its first key."""
     bar = full.index(slot)
     mbarrier.expect(bar, _KEYS * D * 2)
     COUNT: gl.constexpr = _KEYS // PAGE
     for i in gl.static_range(COUNT):
+        if len(held) > 0:
+            of = gl.minimum(gl.maximum(held[i], 0), pages - 1).to(gl.int32)
+            row = 0
+            if not ONE:
+                row = (block * COUNT + i) % per * PAGE
+        else:
+            of = batch
+            row = first + block * _KEYS
         for half in gl.static_range(D // _WIDTH):
             to = buffers.index((slot * (D // _WIDTH) + half) * COUNT + i)
-            if len(held) > 0:
-                at = [held[i], head, (row + i * PAGE) % page_size, half * _WIDTH]
-            else:
-                at = [batch, head, row + i * PAGE, half * _WIDTH]
-            tma.async_copy_global_to_shared(desc, at, bar, to)
+            tma.async_copy_global_to_shared(desc, [of, head, row, half * _WIDTH], bar, to)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -24,6 +25,11 @@ _MANY = 64  # queries of a sequence; fewer leave most of a tile empty
 _MIXED = 16  # of packed sequences, which may differ: short ones are computed as few rows
 _TILES = 4  # of few rows; more read the keys too often
 _LEAST = 8  # rows of a box: what bulk copies swizzle together
+
+
+# A call again, with the addresses of query, key, value, sinks, the layout, output and lse, and of
+# what a kernel leaves for the next.
+Again = Callable[..., None]
 
 
 class Call(NamedTuple):
@@ -81,6 +87,11 @@ def _box(call: Call) -> int:
     return math.gcd(size, KEYS)
 
 
+def _is_page(call: Call) -> bool:
+    """Whether a box is a page."""
+    return call.layout.block_table is not None and _box(call) == call.k.size(1)
+
+
 def _fits(call: Call) -> bool:
     paged = call.layout.block_table is not None
     return (
@@ -120,17 +131,20 @@ def few_tiles(call: Call) -> tuple[int, int]:
     return tiles, tiles
 
 
-def few_rows(call: Call, parts: torch.Tensor | None, runs: int, short: bool = False) -> None:
+def few_rows(
+    call: Call, parts: torch.Tensor | None, runs: int, short: bool = False
+) -> Again | None:
     """Computes `out` and `lse`, or `parts` by so many runs of blocks of keys for each tile.
 
     short: of packed sequences whose queries are one tile alone.
+    And how to do it again, called with the addresses of a call's tensors and that of parts.
     """
     heads, size = call.q.shape[-2:]
     box, room = _box(call), capacity(call.k, call.layout)
     k, v = (_heads_first(x) for x in (call.k, call.v))
     paged = call.layout.block_table is not None
     first = call.v.stride(0) if call.v.dim() == 4 else 0
-    _kernels()[1](
+    start = _kernels()[1](
         (call.sequences if short else few_tiles(call)[0]) * call.k.size(-2) * runs,
         (boxed(k, box, WIDTH), boxed(v, box, WIDTH)),
         (call.q, call.v, call.sinks, *call.layout, call.out, call.lse, parts),
@@ -142,39 +156,60 @@ def few_rows(call: Call, parts: torch.Tensor | None, runs: int, short: bool = Fa
             (0 if paged else first) // 8, (first if paged else 0) // 8, call.v.stride(-2) // 8,
             call.v.stride(-3) // 8, *call.lse_strides(), call.factor,
         ),
-        (size, box, call.causal, parts is not None, short),
+        (size, box, call.causal, parts is not None, short, _is_page(call)),
     )  # fmt: skip
+    if start is None:
+        return None
+
+    def again(q: int, k: int, v: int, *rest: int | None) -> None:
+        start(k, v, q, v, *rest)
+
+    return again
 
 
-def many_rows(call: Call) -> torch.Tensor | None:
+def many_rows(call: Call) -> tuple[torch.Tensor | None, Again | None]:
     """Computes `out` and `lse`; marks, of which one is set where a result is not finite.
 
-    None where no key that takes no part is read.
+    No marks where no key that takes no part is read. And how to do it again, called with the
+    addresses of a call's tensors and that of the marks.
     """
     heads, size = call.q.shape[-2:]
     room = room_for(call.sequences, call.queries, call.tokens, call.packed)
     plan = empty_tiles(room, call.q.device)
     short = FEW_ROWS // call.group if call.packed else 0
-    if short:
-        few_rows(call, None, 1, True)
+    shorter = few_rows(call, None, 1, True) if short else None
     layout = call.layout
-    plan_tiles(
+    listing = (
         call.sequences + call.packed,
         (plan, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seq_lens, layout.left_pad),
         (call.sequences, call.queries, call.tokens, capacity(call.k, layout), short, room),
         (call.causal, layout.cu_seqlens_k is None), 4,
     )  # fmt: skip
+    plan_tiles(*listing)
+    lister = plan_tiles.repeat(*listing)
     programs = min(room * heads, multiprocessors(call.q.device.index))
     odd = None
     if call.causal or any(x is not None for x in layout):
         odd = torch.empty(2 * programs, dtype=torch.int8, device=call.q.device)
     box = _box(call)
     q, k, v = (_heads_first(x) for x in (call.q, call.k, call.v))
-    _kernels()[0](
+    start = _kernels()[0](
         programs,
         (boxed(q, ROWS // 2), boxed(k, box, WIDTH), boxed(v, box, WIDTH)),
         (call.out, call.lse, odd, plan, layout.block_table),
         (heads, call.group, call.queries, *call.pages(), *call.lse_strides(), call.factor),
-        (size, box, _STAGES, call.causal),
+        (size, box, _is_page(call), _STAGES, call.causal),
     )
-    return odd
+    if start is None or lister is None or (short and shorter is None):
+        return odd, None
+    device = call.q.device
+
+    def again(*addresses: int | None) -> None:
+        q, k, v, _, cu_q, cu_k, seq_lens, left_pad, table, out, lse, odd = addresses
+        plan = empty_tiles(room, device)
+        if shorter is not None:
+            shorter(*addresses[:-1], None)
+        lister(plan.data_ptr(), cu_q, cu_k, seq_lens, left_pad)
+        start(q, k, v, out, lse, odd, plan.data_ptr(), table)
+
+    return odd, again

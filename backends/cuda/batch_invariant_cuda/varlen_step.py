@@ -141,11 +141,12 @@ def sequences_step(
     q_batch, q_head, q_row, v_batch, v_page, v_head, v_row, lse_batch, lse_head,
     scale: gl.float32,
     D: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    SHORT: gl.constexpr,
+    SHORT: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
     """One tile; SPLIT: one of `runs` runs of its blocks. Strides of q and v come divided by 8.
 
     SHORT: packed sequences whose queries are one tile, by their number; others are left alone.
+    ONE: a box is a page.
     """
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
@@ -187,14 +188,16 @@ def sequences_step(
         of = 0
     fence_async_shared()
     gl.thread_barrier()
-    held = pages_of(table, batch, begin, columns, page_size, pages, PAGE)
-    ahead = pages_of(table, batch, begin + 1, columns, page_size, pages, PAGE)
-    row = first + begin * _KEYS
+    per = page_size // PAGE
+    held = pages_of(table, batch, begin, columns, per, PAGE, ONE)
+    ahead = pages_of(table, batch, begin + 1, columns, per, PAGE, ONE)
     if count > 0:
-        copy_block(kd, ring, 0, full, held, of, kv_head, row, page_size, D, PAGE)
-        copy_block(vd, ring, 1, full, held, of, kv_head, row, page_size, D, PAGE)
+        copy_block(kd, ring, 0, full, held, of, kv_head, first, begin, per, pages, D, PAGE, ONE)
+        copy_block(vd, ring, 1, full, held, of, kv_head, first, begin, per, pages, D, PAGE, ONE)
     if count > 1:
-        copy_block(kd, ring, 2, full, ahead, of, kv_head, row + _KEYS, page_size, D, PAGE)
+        copy_block(
+            kd, ring, 2, full, ahead, of, kv_head, first, begin + 1, per, pages, D, PAGE, ONE
+        )
     index = number * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, LOAD))
     head = (kv_head * group + index % group).to(gl.int64)
     place = (q_begin + index // group).to(gl.int64)
@@ -225,15 +228,17 @@ def sequences_step(
     for j in range(0, count):
         step = 2 * j
         block = begin + j
-        later = pages_of(table, batch, block + 2, columns, page_size, pages, PAGE)
+        later = pages_of(table, batch, block + 2, columns, per, PAGE, ONE)
         mbarrier.wait(full.index(step % _SLOTS), step // _SLOTS & 1)
         k_tile = held_blocks.index(step % _SLOTS).reshape([_KEYS, D])
         s = warpgroup_mma(k_tile, qbuf.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         gl.thread_barrier()
         if j + 1 < count:
-            row = first + (block + 1) * _KEYS
-            copy_block(vd, ring, step % _SLOTS, full, ahead, of, kv_head, row, page_size, D, PAGE)
+            copy_block(
+                vd, ring, step % _SLOTS, full, ahead, of, kv_head, first, block + 1, per, pages,
+                D, PAGE, ONE,
+            )  # fmt: skip
         key = block * _KEYS + gl.arange(0, _KEYS, gl.SliceLayout(1, S_LAYOUT))
         s = gl.where(key[:, None] < last[None, :], s, float("-inf"))
         next_top = gl.max(s, 0) * scale
@@ -259,8 +264,10 @@ def sequences_step(
                 )  # fmt: skip
         gl.thread_barrier()
         if j + 2 < count:
-            row = first + (block + 2) * _KEYS
-            copy_block(kd, ring, step % _SLOTS, full, later, of, kv_head, row, page_size, D, PAGE)
+            copy_block(
+                kd, ring, step % _SLOTS, full, later, of, kv_head, first, block + 2, per, pages,
+                D, PAGE, ONE,
+            )  # fmt: skip
         ahead = later
         if SPLIT:
             to = parts + (place * blocks + block) * (D + 2)
