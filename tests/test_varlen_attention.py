@@ -352,6 +352,13 @@ def test_gradients_against_finite_differences(options: dict[str, Any]) -> None:
         assert torch.autograd.gradcheck(
             lambda q, k, v, s: bi.attention(q, k, v, sinks=s, **options), leaves
         )
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, s: bi.attention(q, k, v, sinks=s, return_lse=True, **options), leaves
+        )
+        assert torch.autograd.gradcheck(
+            lambda q, k, s: bi.attention(q, k, k, sinks=s, return_lse=True, **options)[1],
+            (*leaves[:2], leaves[3]),
+        )
         packed = _leaves((5, 2, 4), (7, 1, 4), (7, 1, 4))
         cuts = {"cu_seqlens_q": torch.tensor([0, 2, 4]), "cu_seqlens_k": torch.tensor([0, 3, 7])}
         assert torch.autograd.gradcheck(
@@ -369,8 +376,8 @@ def test_gradients_of_a_sequence_are_its_own(dtype: torch.dtype, options: dict[s
     def gradients(*leaves: torch.Tensor, grad: torch.Tensor, **layout: Any) -> Any:
         with torch.enable_grad():
             leaves = tuple(x.detach().clone().requires_grad_() for x in leaves)
-            out = bi.attention(*leaves, **layout, **options)
-            return torch.autograd.grad(out, leaves, grad)
+            out, lse = bi.attention(*leaves, **layout, **options, return_lse=True)
+            return torch.autograd.grad((out, lse), leaves, (grad, grad[..., 0].mT.to(lse.dtype)))
 
     want = [
         gradients(*(t[None] for t in x), grad=g[None]) for x, g in zip(given, grads, strict=True)

@@ -59,7 +59,7 @@ def attention(
     Lengths and pages are int32 or int64. Those on the CPU are checked before anything is computed.
     To read those on another device would make the program wait for it, so a kernel there must keep
     within the tensors whatever the lengths say; the backward pass does read them.
-    Gradients flow to query, key, value and sinks, not through pages; the lse has none. The gradient
+    Gradients flow from both results to query, key, value and sinks, not through pages. The gradient
     of a key is the sum over its own sequence, so it does not depend on the others.
 
     Raises RuntimeError where arguments do not fit together.

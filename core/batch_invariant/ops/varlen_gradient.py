@@ -22,11 +22,11 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keeps what `backward` needs."""
     ctx.save_for_backward(*inputs[:9], *output)
     ctx.options = inputs[9:]
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def backward(
-    ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None
+    ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of query, key, value and sinks."""
     *inputs, out, lse = ctx.saved_tensors
@@ -35,7 +35,8 @@ def backward(
             f"{NAME}: there are no gradients through a paged cache, whose pages may be shared; "
             "give keys and values dense or packed, or call it under torch.no_grad()"
         )
-    found = _gradients(grad, *inputs[:-1], out, lse, *ctx.options)
+    grad = torch.zeros_like(out) if grad is None else grad
+    found = _gradients(grad, grad_lse, *inputs[:-1], out, lse, *ctx.options)
     found = found if inputs[3] is not None else (*found[:3], None)
     return (*found, *(None,) * (len(inputs) - 4 + len(ctx.options)))
 
@@ -44,7 +45,7 @@ def backward(
     f"{NAMESPACE}::attention_gradients",
     mutates_args=(),
     schema=(
-        "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? sinks,"
+        "(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? sinks,"
         " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seq_lens, Tensor? left_pad,"
         " Tensor out, Tensor lse, bool causal, float? scale, int? window, float? soft_cap)"
         " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -52,6 +53,7 @@ def backward(
 )
 def _gradients(
     grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -77,11 +79,13 @@ def _gradients(
     for b, (row, part) in enumerate(sequences):
         span = Span(*row)
         rows = slice(span.q_row, span.q_row + span.queries)
+        mine = b if query.dim() == 4 else (slice(None), rows)
         q, k, v, s = _of_sequence(
             part,
             queries_of(out, span, b).transpose(0, 1),
             queries_of(grad, span, b).transpose(0, 1),
-            lse[b] if query.dim() == 4 else lse[:, rows],
+            lse[mine],
+            None if grad_lse is None else grad_lse[mine],
             sinks,
             *options,
         )
@@ -97,6 +101,7 @@ def _gradients(
 @_gradients.register_fake
 def _(
     grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -112,6 +117,7 @@ def _of_sequence(
     out: torch.Tensor,
     grad: torch.Tensor,
     lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     sinks: torch.Tensor | None,
     causal: bool,
     scale: float | None,
@@ -129,6 +135,8 @@ def _of_sequence(
         weights = torch.where(seen(scores, part.offset, window), weights, 0)
     g_value = matmul(weights.mT, grad)
     delta = sum(grad * out, -1, True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None]
     g_scores = weights * (matmul(grad, v.mT) - delta)
     if slope is not None:
         g_scores = g_scores * slope
