@@ -75,6 +75,7 @@ def _attention(
         )
     dense = all(x is None for x in (*layout, sinks, window, soft_cap))
     if dense and query.dtype != torch.float32 and is_square(query, key, causal):
+        _calls.keep(kind, lambda given: _square(*given[:3], causal, scale))
         return _square(query, key, value, causal, scale)
     layout = Layout(*(None if x is None else x.to(query.device).contiguous() for x in layout))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))

@@ -3,8 +3,8 @@
 The copying warp claims tiles from the list of `varlen_plan`, where a counter hands them out, so
 that sequences of any lengths keep all programs busy; the computing groups learn of a tile together
 with its queries. Which program computes a tile changes no bit. Keys lie anywhere that bulk copies
-reach: at an offset in packed storage or in pages, of which a block of 128 keys is several. Rows are
-stored one by one, since behind a tile's last row may lie another sequence.
+reach: at an offset in packed storage or in pages, of which a block of 128 keys is several. Results
+are copied in bulk too, but for the last rows of a sequence, behind which another one may begin.
 """
 
 # ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
@@ -156,9 +156,10 @@ def _with_sink(top, total, acc, sinks, head, there):
 
 @gluon.jit
 def _finish(
-    out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH: gl.constexpr
+    od, out, buf, top, total, acc, batch, head, heads, valid, q_row, queries, to_lse, row,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Writes those of 64 rows that belong to the sequence."""
+    """Writes those of 64 rows that belong to the sequence; a copy of all goes on by itself."""
     D: gl.constexpr = acc.shape[1]
     LAYOUT: gl.constexpr = acc.type.layout
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
@@ -172,18 +173,23 @@ def _finish(
     y = gl.fma(acc, zero + share, zero)
     held = buf.reshape([_HALF, D])
     held.store(y.to(out.dtype.element_ty))
-    gl.thread_barrier()
-    y = held.load(STORE)
-    fence_async_shared()
-    index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, STORE))
-    d = gl.arange(0, D, gl.SliceLayout(0, STORE))
-    at = out + ((place + index.to(gl.int64)) * heads + head) * D
-    gl.store(at[:, None] + d[None, :], y, mask=(index < valid)[:, None])
+    if valid >= WHICH * _HALF + _HALF:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(od, [batch, head, q_row + WHICH * _HALF, 0], buf)
+    else:
+        gl.thread_barrier()
+        y = held.load(STORE)
+        fence_async_shared()
+        index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, STORE))
+        d = gl.arange(0, D, gl.SliceLayout(0, STORE))
+        place = batch.to(gl.int64) * queries + q_row + index.to(gl.int64)
+        at = out + (place * heads + head) * D
+        gl.store(at[:, None] + d[None, :], y, mask=(index < valid)[:, None])
 
 
 @gluon.jit
 def _attend(
-    out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
+    od, out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
     q_full, q_free, k_full, k_free, v_full, v_free,
     heads, queries, window, lse_batch, lse_head, scale, cap,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
@@ -245,7 +251,8 @@ def _attend(
             s = capped(s, scale, cap)
         s = _cut(s, low, last, (end - 1) * _KEYS, WINDOW)
         top, total, part, old, new = weigh(top, total, s, vbuf, v_full, step, by, D, STAGES)
-        # All threads have read the results of the turn before from its buffer.
+        # The results of the turn before have left its buffer by now.
+        tma.store_wait(0)
         gl.thread_barrier()
         mbarrier.arrive(q_free.index((turn + 2) % 3), pred=turn > 0)
         part = warpgroup_mma_wait(0, deps=[part])
@@ -264,12 +271,15 @@ def _attend(
             largest = larger(largest, gl.where(index < valid, most, 0.0))
         if sinks is not None:
             top, total, acc = _with_sink(top, total, acc, sinks, head, keys >= 0)
-        place = batch.to(gl.int64) * queries + q_row
         to_lse = lse + batch.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head + q_row
-        _finish(out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH)
+        _finish(
+            od, out, buf, top, total, acc, batch, head, heads, valid, q_row, queries, to_lse, row,
+            WHICH,
+        )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[following])
         mbarrier.arrive(k_free.index(step % STAGES))
         turn += 1
+    tma.store_wait(0)
     if odd is not None:
         finite = gl.reduce(largest, 0, larger) < float("inf")
         gl.store(odd + gl.program_id(0) * 2 + WHICH, gl.where(finite, 0, 1).to(gl.int8))
@@ -282,7 +292,7 @@ def _attend(
     ]
 )  # fmt: skip
 def sequences_ring(
-    qd, kd, vd, out, lse, odd, plan, table, sinks,
+    qd, kd, vd, od, out, lse, odd, plan, table, sinks,
     heads, group, queries, columns, page_size, pages, window, lse_batch, lse_head,
     scale: gl.float32, cap: gl.float32,
     D: gl.constexpr, PAGE: gl.constexpr, ONE: gl.constexpr, STAGES: gl.constexpr,
@@ -317,13 +327,13 @@ def sequences_ring(
     gl.warp_specialize(
         [
             (_attend, (
-                out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
+                od, out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
                 q_full, q_free, k_full, k_free, v_full, v_free,
                 heads, queries, window, lse_batch, lse_head, scale, cap,
                 0, D, STAGES, CAUSAL, WINDOW, CAP,
             )),
             (_attend, (
-                out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
+                od, out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
                 q_full, q_free, k_full, k_free, v_full, v_free,
                 heads, queries, window, lse_batch, lse_head, scale, cap,
                 1, D, STAGES, CAUSAL, WINDOW, CAP,

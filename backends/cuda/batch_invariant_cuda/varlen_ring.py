@@ -197,10 +197,10 @@ def many_rows(call: Call) -> tuple[torch.Tensor | None, Again | None]:
     if call.causal or any(x is not None for x in layout):
         odd = torch.empty(2 * programs, dtype=torch.int8, device=call.q.device)
     box = _box(call)
-    q, k, v = (_heads_first(x) for x in (call.q, call.k, call.v))
+    q, k, v, out = (_heads_first(x) for x in (call.q, call.k, call.v, call.out))
     start = _kernels()[0](
         programs,
-        (boxed(q, ROWS // 2), boxed(k, box, WIDTH), boxed(v, box, WIDTH)),
+        (boxed(q, ROWS // 2), boxed(k, box, WIDTH), boxed(v, box, WIDTH), boxed(out, ROWS // 2)),
         (call.out, call.lse, odd, plan, layout.block_table, call.sinks),
         (
             heads, call.group, call.queries, *call.pages(), call.window or 0,
@@ -218,6 +218,6 @@ def many_rows(call: Call) -> tuple[torch.Tensor | None, Again | None]:
         if shorter is not None:
             shorter(*addresses[:-1], None)
         lister(plan.data_ptr(), cu_q, cu_k, seq_lens, left_pad)
-        start(q, k, v, out, lse, odd, plan.data_ptr(), table, sinks)
+        start(q, k, v, out, out, lse, odd, plan.data_ptr(), table, sinks)
 
     return odd, again

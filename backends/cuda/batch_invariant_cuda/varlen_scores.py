@@ -13,8 +13,7 @@ _BLOCK = gl.constexpr(BLOCK)
 @gluon.jit
 def capped(s, scale, cap):
     """Scores in units of log 2; scale is that of the argument of tanh. As in `varlen_blocks`."""
-    two = gl.full(s.shape, 2.0, gl.float32, s.type.layout)
-    return (1.0 - gl.div_rn(two, gl.exp2(s * scale) + 1.0)) * cap
+    return (1.0 - 2.0 / (gl.exp2(s * scale) + 1.0)) * cap
 
 
 @gluon.jit
