@@ -178,13 +178,13 @@ def _finish(
         tma.async_copy_shared_to_global(od, [batch, head, q_row + WHICH * _HALF, 0], buf)
     else:
         gl.thread_barrier()
-        y = held.load(STORE)
+        results = held.load(STORE)
         fence_async_shared()
         index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, STORE))
         d = gl.arange(0, D, gl.SliceLayout(0, STORE))
         place = batch.to(gl.int64) * queries + q_row + index.to(gl.int64)
         at = out + (place * heads + head) * D
-        gl.store(at[:, None] + d[None, :], y, mask=(index < valid)[:, None])
+        gl.store(at[:, None] + d[None, :], results, mask=(index < valid)[:, None])
 
 
 @gluon.jit
