@@ -75,6 +75,7 @@ def _attention(
         )
     dense = all(x is None for x in (*layout, sinks, window, soft_cap))
     if dense and query.dtype != torch.float32 and is_square(query, key, causal):
+        _calls.keep(kind, lambda given: _square(*given[:3], causal, scale))
         return _square(query, key, value, causal, scale)
     layout = Layout(*(None if x is None else x.to(query.device).contiguous() for x in layout))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -212,10 +213,10 @@ def _launch(
         combine_sequences(*launch)
         return combine_sequences.repeat(*launch)
 
-    call = Call(q, k, v, sinks, layout, out, lse, causal, factors[0])
-    plain = window is None and soft_cap is None
-    if plain and takes_few(call):
-        runs = runs_of(few_tiles(call)[1] * k.size(-2), blocks, processors)
+    call = Call(q, k, v, sinks, layout, out, lse, causal, window, factors)
+    if takes_few(call):
+        seen = blocks if window is None else min(blocks, window // BLOCK + 2)
+        runs = runs_of(few_tiles(call)[1] * k.size(-2), seen, processors)
         parts = parts_of() if runs > 1 else None
         start = few_rows(call, parts, runs)
         return _folded(start, None if parts is None else (parts, merge(parts)))
@@ -233,7 +234,7 @@ def _launch(
         sequences_in_blocks(*launch)
         return sequences_in_blocks.repeat(*launch)
 
-    if plain and takes_many(call):
+    if takes_many(call):
         odd, start = many_rows(call)
         return _mended(start, None if odd is None else (odd, mend(odd, blocks, odd.numel())))
     run = run_of(tiles, max(blocks, 1), processors)

@@ -3,8 +3,8 @@
 The copying warp claims tiles from the list of `varlen_plan`, where a counter hands them out, so
 that sequences of any lengths keep all programs busy; the computing groups learn of a tile together
 with its queries. Which program computes a tile changes no bit. Keys lie anywhere that bulk copies
-reach: at an offset in packed storage or in pages, of which a block of 128 keys is several. Rows are
-stored one by one, since behind a tile's last row may lie another sequence.
+reach: at an offset in packed storage or in pages, of which a block of 128 keys is several. Results
+are copied in bulk too, but for the last rows of a sequence, behind which another one may begin.
 """
 
 # ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
@@ -30,6 +30,7 @@ from batch_invariant_cuda.attention_hopper import (
 from batch_invariant_cuda.attention_plan import ROWS
 from batch_invariant_cuda.varlen_pages import blocks_of, boxes, copy_block, pages_of
 from batch_invariant_cuda.varlen_plan import ENTRY
+from batch_invariant_cuda.varlen_scores import capped, first_block
 
 _ROWS = gl.constexpr(ROWS)
 _HALF = gl.constexpr(ROWS // 2)  # of a tile, to each computing group
@@ -38,6 +39,7 @@ _ENTRY = gl.constexpr(ENTRY)
 # Lanes that hold what the list does not: the head, and whether there is a tile at all.
 _HEAD = gl.constexpr(ENTRY)
 _GOING = gl.constexpr(ENTRY + 1)
+_LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -65,7 +67,8 @@ def _told(order, slot, NUMBER: gl.constexpr, WARPS: gl.constexpr = 1):
 def _copy(
     qd, kd, vd, plan, table, order, qbuf, kbuf, vbuf,
     q_full, q_free, k_full, k_free, v_full, v_free, heads, group, columns, page_size, pages,
-    D: gl.constexpr, PAGE: gl.constexpr, ONE: gl.constexpr, STAGES: gl.constexpr,
+    window, D: gl.constexpr, PAGE: gl.constexpr, ONE: gl.constexpr, STAGES: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     ORDER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -97,15 +100,18 @@ def _copy(
         q_batch, q_row = _told(order, slot, 0), _told(order, slot, 1)
         batch, first = _told(order, slot, 3), _told(order, slot, 4)
         end = gl.where(going, end, 1)
+        begin = 0
+        if WINDOW:
+            begin = first_block(_told(order, slot, 5), window, end)
         kv_head = head // group
-        held = pages_of(table, batch, 0, columns, per, PAGE, ONE)
+        held = pages_of(table, batch, begin, columns, per, PAGE, ONE)
         bar = q_full.index(slot)
         mbarrier.expect(bar, _ROWS * D * 2)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 qd, [q_batch, head, q_row + half * _HALF, 0], bar, qbuf.index(slot * 2 + half)
             )
-        for j in range(0, end):
+        for j in range(begin, end):
             ahead = pages_of(table, batch, j + 1, columns, per, PAGE, ONE)
             slot = step % STAGES
             phase = (step // STAGES & 1) ^ 1
@@ -124,10 +130,36 @@ def _copy(
 
 
 @gluon.jit
+def _cut(s, low, last, begin, WINDOW: gl.constexpr):
+    """The scores of a block of keys, -inf outside of what each row sees."""
+    s = cut(s, last, begin)
+    if WINDOW:
+        key = begin + gl.arange(0, _KEYS, gl.SliceLayout(0, s.type.layout))
+        s = gl.where(key[None, :] >= low[:, None], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _with_sink(top, total, acc, sinks, head, there):
+    """The sink as a last key that has no value, if the rows are of a sequence."""
+    sink = gl.load(sinks + head).to(gl.float32) * _LOG2_E
+    sink = gl.where(there, sink, float("-inf"))
+    highest = gl.maximum(top, sink + gl.zeros_like(top))
+    base = gl.where(highest == float("-inf"), 0.0, highest)
+    shrink, share = gl.exp2(top - base), gl.exp2(sink - base)
+    total = gl.fma(gl.zeros_like(total) + gl.where(there, 1.0, 0.0), share, total * shrink)
+    ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    shrink, share = gl.convert_layout(shrink, ROW), gl.convert_layout(share, ROW)
+    zero = gl.zeros_like(acc)
+    return highest, total, gl.fma(zero, zero + share[:, None], acc * shrink[:, None])
+
+
+@gluon.jit
 def _finish(
-    out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH: gl.constexpr
+    od, out, buf, top, total, acc, batch, head, heads, valid, q_row, queries, to_lse, row,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Writes those of 64 rows that belong to the sequence."""
+    """Writes those of 64 rows that belong to the sequence; a copy of all goes on by itself."""
     D: gl.constexpr = acc.shape[1]
     LAYOUT: gl.constexpr = acc.type.layout
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
@@ -141,26 +173,36 @@ def _finish(
     y = gl.fma(acc, zero + share, zero)
     held = buf.reshape([_HALF, D])
     held.store(y.to(out.dtype.element_ty))
-    gl.thread_barrier()
-    y = held.load(STORE)
-    fence_async_shared()
-    index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, STORE))
-    d = gl.arange(0, D, gl.SliceLayout(0, STORE))
-    at = out + ((place + index.to(gl.int64)) * heads + head) * D
-    gl.store(at[:, None] + d[None, :], y, mask=(index < valid)[:, None])
+    if valid >= WHICH * _HALF + _HALF:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(od, [batch, head, q_row + WHICH * _HALF, 0], buf)
+    else:
+        gl.thread_barrier()
+        results = held.load(STORE)
+        fence_async_shared()
+        index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, STORE))
+        d = gl.arange(0, D, gl.SliceLayout(0, STORE))
+        place = batch.to(gl.int64) * queries + q_row + index.to(gl.int64)
+        at = out + (place * heads + head) * D
+        gl.store(at[:, None] + d[None, :], results, mask=(index < valid)[:, None])
 
 
 @gluon.jit
 def _attend(
-    out, lse, odd, plan, order, qbuf, kbuf, vbuf, q_full, q_free, k_full, k_free, v_full, v_free,
-    heads, queries, lse_batch, lse_head, scale,
+    od, out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
+    q_full, q_free, k_full, k_free, v_full, v_free,
+    heads, queries, window, lse_batch, lse_head, scale, cap,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """One computing group of four warps: one half of the rows of every tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     step = 0
+    by = scale
+    if CAP:
+        by = 1.0
     largest = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, LAYOUT))
     turn = 0
     mbarrier.wait(q_full.index(0), 0)
@@ -182,22 +224,35 @@ def _attend(
         if CAUSAL:
             last = gl.minimum(last, seen + row)
             full = gl.maximum(gl.minimum(keys, seen), 0) // _KEYS
+        begin = 0
+        # The first key that each row sees, and the blocks of which some row sees but a part.
+        low = last * 0
+        cut_off = 0
+        if WINDOW:
+            begin = first_block(seen, window, end)
+            low = gl.maximum(seen + row - window, 0)
+            cut_off = (gl.maximum(seen + _ROWS - 1 - window, 0) + _KEYS - 1) // _KEYS
         buf = qbuf.index(turn % 3 * 2 + WHICH)
         q = buf.reshape([_HALF, D])
         top = gl.full([_HALF], float("-inf"), gl.float32, ROW)
         total = gl.zeros([_HALF], gl.float32, ROW)
         acc = gl.zeros([_HALF, D], gl.float32, LAYOUT)
-        for j in range(0, end - 1):
-            if j >= full:
-                s = cut(s, last, j * _KEYS)
+        for j in range(begin, end - 1):
+            if CAP:
+                s = capped(s, scale, cap)
+            if (j >= full) | (j < cut_off):
+                s = _cut(s, low, last, j * _KEYS, WINDOW)
             top, total, acc, s = step_on(
-                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, scale,
+                top, total, acc, s, q, kbuf, vbuf, k_full, k_free, v_full, v_free, step, by,
                 D, STAGES,
             )  # fmt: skip
             step += 1
-        s = cut(s, last, (end - 1) * _KEYS)
-        top, total, part, old, new = weigh(top, total, s, vbuf, v_full, step, scale, D, STAGES)
-        # All threads have read the results of the turn before from its buffer.
+        if CAP:
+            s = capped(s, scale, cap)
+        s = _cut(s, low, last, (end - 1) * _KEYS, WINDOW)
+        top, total, part, old, new = weigh(top, total, s, vbuf, v_full, step, by, D, STAGES)
+        # The results of the turn before have left its buffer by now.
+        tma.store_wait(0)
         gl.thread_barrier()
         mbarrier.arrive(q_free.index((turn + 2) % 3), pred=turn > 0)
         part = warpgroup_mma_wait(0, deps=[part])
@@ -214,12 +269,17 @@ def _attend(
             most = gl.reduce(gl.abs(acc), 1, larger)
             index = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, LAYOUT))
             largest = larger(largest, gl.where(index < valid, most, 0.0))
-        place = batch.to(gl.int64) * queries + q_row
+        if sinks is not None:
+            top, total, acc = _with_sink(top, total, acc, sinks, head, keys >= 0)
         to_lse = lse + batch.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head + q_row
-        _finish(out, buf, top, total, acc, head, heads, valid, place, to_lse, row, WHICH)
+        _finish(
+            od, out, buf, top, total, acc, batch, head, heads, valid, q_row, queries, to_lse, row,
+            WHICH,
+        )  # fmt: skip
         s = warpgroup_mma_wait(0, deps=[following])
         mbarrier.arrive(k_free.index(step % STAGES))
         turn += 1
+    tma.store_wait(0)
     if odd is not None:
         finite = gl.reduce(largest, 0, larger) < float("inf")
         gl.store(odd + gl.program_id(0) * 2 + WHICH, gl.where(finite, 0, 1).to(gl.int8))
@@ -227,14 +287,16 @@ def _attend(
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "queries", "columns", "page_size", "pages", "lse_batch", "lse_head",
+        "heads", "group", "queries", "columns", "page_size", "pages", "window", "lse_batch",
+        "lse_head",
     ]
 )  # fmt: skip
 def sequences_ring(
-    qd, kd, vd, out, lse, odd, plan, table,
-    heads, group, queries, columns, page_size, pages, lse_batch, lse_head, scale: gl.float32,
+    qd, kd, vd, od, out, lse, odd, plan, table, sinks,
+    heads, group, queries, columns, page_size, pages, window, lse_batch, lse_head,
+    scale: gl.float32, cap: gl.float32,
     D: gl.constexpr, PAGE: gl.constexpr, ONE: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """128 rows of a head at a time. plan: the list of `varlen_plan`. table: of pages.
 
@@ -265,19 +327,21 @@ def sequences_ring(
     gl.warp_specialize(
         [
             (_attend, (
-                out, lse, odd, plan, order, qbuf, kbuf, vbuf,
+                od, out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
                 q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, queries, lse_batch, lse_head, scale, 0, D, STAGES, CAUSAL,
+                heads, queries, window, lse_batch, lse_head, scale, cap,
+                0, D, STAGES, CAUSAL, WINDOW, CAP,
             )),
             (_attend, (
-                out, lse, odd, plan, order, qbuf, kbuf, vbuf,
+                od, out, lse, odd, plan, sinks, order, qbuf, kbuf, vbuf,
                 q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, queries, lse_batch, lse_head, scale, 1, D, STAGES, CAUSAL,
+                heads, queries, window, lse_batch, lse_head, scale, cap,
+                1, D, STAGES, CAUSAL, WINDOW, CAP,
             )),
             (_copy, (
                 qd, kd, vd, plan, table, order, qbuf, k_boxes, v_boxes,
                 q_full, q_free, k_full, k_free, v_full, v_free,
-                heads, group, columns, page_size, pages, D, PAGE, ONE, STAGES,
+                heads, group, columns, page_size, pages, window, D, PAGE, ONE, STAGES, WINDOW,
             )),
         ],
         [4, 1],

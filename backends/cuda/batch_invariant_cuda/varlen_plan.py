@@ -3,8 +3,9 @@
 Made by one small launch from lengths on the device. It is int32: the number of tiles, how many were
 claimed beyond each program's first, 6 unused, then 8 for each tile: the batch and row of its first
 query in storage, how many of its rows belong to the sequence, the batch (of pages: the sequence)
-and row of the sequence's first key in storage, how many keys its first row sees, how many its last
-row may see at most, and how many blocks of 128 keys there are for it, at least one.
+and row of the sequence's first key in storage, the key behind the last that its first row sees, how
+many keys the sequence has (-1 for rows behind the last sequence), and how many blocks of 128 keys
+there are up to the last that some row of it sees, at least one.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _plan_kernel(
         tl.store(to + 3, (of if BATCHED else 0) + row * 0, mask=there)
         tl.store(to + 4, begin + first + row * 0, mask=there)
         tl.store(to + 5, seen, mask=there)
-        tl.store(to + 6, keys + row * 0, mask=there)
+        tl.store(to + 6, tl.where(b < sequences, keys, -1) + row * 0, mask=there)
         tl.store(to + 7, blocks, mask=there)
     if b == tl.num_programs(0) - 1:
         tl.store(plan + tl.arange(0, _ENTRY), tl.zeros((_ENTRY,), tl.int32))

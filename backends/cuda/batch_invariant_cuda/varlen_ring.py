@@ -33,7 +33,7 @@ Again = Callable[..., None]
 
 
 class Call(NamedTuple):
-    """Attention over sequences without a window and a soft cap, in bf16 or fp16."""
+    """Attention over sequences in bf16 or fp16."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -43,7 +43,8 @@ class Call(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
     causal: bool
-    factor: float  # of the scores, in units of log 2
+    window: int | None
+    factors: tuple[float, float]  # of the scores; with a soft cap, of tanh and of its argument
 
     @property
     def packed(self) -> bool:
@@ -71,6 +72,10 @@ class Call(NamedTuple):
         """Columns of the page table, keys of a page, pages; of no use where there are none."""
         table = self.layout.block_table
         return (0, 1, 1) if table is None else (table.size(1), self.k.size(1), self.k.size(0))
+
+    def options(self) -> tuple[bool, bool]:
+        """Whether there are a window and a soft cap."""
+        return self.window is not None, self.factors[1] != 0.0
 
     def lse_strides(self) -> tuple[int, int]:
         return (0 if self.packed else self.lse.stride(0)), self.lse.stride(-2)
@@ -114,7 +119,7 @@ def takes_many(call: Call) -> bool:
     """Whether `many_rows` takes a call."""
     rows = call.tokens or call.sequences * call.queries
     least = _MIXED if call.packed else _MANY
-    return rows >= least * call.sequences and call.sinks is None and _fits(call)
+    return rows >= least * call.sequences and _fits(call)
 
 
 @cache
@@ -150,13 +155,13 @@ def few_rows(
         (call.q, call.v, call.sinks, *call.layout, call.out, call.lse, parts),
         (
             call.sequences, call.queries, call.tokens, heads, call.group, room, -(-room // KEYS),
-            runs, *call.pages(),
+            runs, *call.pages(), call.window or 0,
             (0 if call.packed else call.q.stride(0)) // 8, call.q.stride(-2) // 8,
             call.q.stride(-3) // 8,
             (0 if paged else first) // 8, (first if paged else 0) // 8, call.v.stride(-2) // 8,
-            call.v.stride(-3) // 8, *call.lse_strides(), call.factor,
+            call.v.stride(-3) // 8, *call.lse_strides(), *call.factors,
         ),
-        (size, box, call.causal, parts is not None, short, _is_page(call)),
+        (size, box, call.causal, parts is not None, short, _is_page(call), *call.options()),
     )  # fmt: skip
     if start is None:
         return None
@@ -192,24 +197,27 @@ def many_rows(call: Call) -> tuple[torch.Tensor | None, Again | None]:
     if call.causal or any(x is not None for x in layout):
         odd = torch.empty(2 * programs, dtype=torch.int8, device=call.q.device)
     box = _box(call)
-    q, k, v = (_heads_first(x) for x in (call.q, call.k, call.v))
+    q, k, v, out = (_heads_first(x) for x in (call.q, call.k, call.v, call.out))
     start = _kernels()[0](
         programs,
-        (boxed(q, ROWS // 2), boxed(k, box, WIDTH), boxed(v, box, WIDTH)),
-        (call.out, call.lse, odd, plan, layout.block_table),
-        (heads, call.group, call.queries, *call.pages(), *call.lse_strides(), call.factor),
-        (size, box, _is_page(call), _STAGES, call.causal),
-    )
+        (boxed(q, ROWS // 2), boxed(k, box, WIDTH), boxed(v, box, WIDTH), boxed(out, ROWS // 2)),
+        (call.out, call.lse, odd, plan, layout.block_table, call.sinks),
+        (
+            heads, call.group, call.queries, *call.pages(), call.window or 0,
+            *call.lse_strides(), *call.factors,
+        ),
+        (size, box, _is_page(call), _STAGES, call.causal, *call.options()),
+    )  # fmt: skip
     if start is None or lister is None or (short and shorter is None):
         return odd, None
     device = call.q.device
 
     def again(*addresses: int | None) -> None:
-        q, k, v, _, cu_q, cu_k, seq_lens, left_pad, table, out, lse, odd = addresses
+        q, k, v, sinks, cu_q, cu_k, seq_lens, left_pad, table, out, lse, odd = addresses
         plan = empty_tiles(room, device)
         if shorter is not None:
             shorter(*addresses[:-1], None)
         lister(plan.data_ptr(), cu_q, cu_k, seq_lens, left_pad)
-        start(q, k, v, out, lse, odd, plan.data_ptr(), table)
+        start(q, k, v, out, out, lse, odd, plan.data_ptr(), table, sinks)
 
     return odd, again

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from batch_invariant_cuda.attention_hopper import KEYS
 from batch_invariant_cuda.attention_step import ROWS, SLOTS, _sum
 from batch_invariant_cuda.varlen_pages import blocks_of, boxes, copy_block, pages_of
+from batch_invariant_cuda.varlen_scores import capped, first_block
 
 _ROWS = gl.constexpr(ROWS)
 _KEYS = gl.constexpr(KEYS)
@@ -83,7 +84,7 @@ def _keys(cu_k, seq_lens, left_pad, b, sequences, capacity):
 @gluon.jit
 def _careful(
     part, p, v, vbuf, pbuf, batch, v_batch, v_page, v_row, table, columns, page_size, pages, from_,
-    first, last, most, PAGE: gl.constexpr,
+    first, low, last, least, most, PAGE: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """The weighted sum of a block once more, with odd values by the keys that take part alone.
 
@@ -101,6 +102,8 @@ def _careful(
         wide = tile.to(gl.float32)
         fine = wide - wide == 0.0
         used = (from_ + i * _PIECE + row < most)[:, None]
+        if WINDOW:
+            used = used & (from_ + i * _PIECE + row >= least)[:, None]
         strange = strange | (used & ~fine).to(gl.int32)
         rows.store(gl.where(fine, tile, 0.0))
     odd = gl.max(gl.max(strange, 1), 0)
@@ -123,6 +126,8 @@ def _careful(
                 at = page * v_page + (key % page_size).to(gl.int64) * v_row
             value = gl.load(v + at * 8 + column).to(gl.float32)
             seen = (value - value != 0.0)[:, None] & (from_ + j < last)[None, :]
+            if WINDOW:
+                seen = seen & (from_ + j >= low)[None, :]
             more = weight[None, :] * (zero + value[:, None])
             part = gl.where(seen, part + more, part)
     return part
@@ -131,17 +136,17 @@ def _careful(
 @gluon.jit(
     do_not_specialize=[
         "sequences", "queries", "tokens", "heads", "group", "capacity", "blocks", "runs",
-        "columns", "page_size", "pages", "q_batch", "q_head", "q_row", "v_batch", "v_page",
-        "v_head", "v_row", "lse_batch", "lse_head",
+        "columns", "page_size", "pages", "window", "q_batch", "q_head", "q_row", "v_batch",
+        "v_page", "v_head", "v_row", "lse_batch", "lse_head",
     ]
 )  # fmt: skip
 def sequences_step(
     kd, vd, q, v, sinks, cu_q, cu_k, seq_lens, left_pad, table, out, lse, parts,
     sequences, queries, tokens, heads, group, capacity, blocks, runs, columns, page_size, pages,
-    q_batch, q_head, q_row, v_batch, v_page, v_head, v_row, lse_batch, lse_head,
-    scale: gl.float32,
+    window, q_batch, q_head, q_row, v_batch, v_page, v_head, v_row, lse_batch, lse_head,
+    scale: gl.float32, cap: gl.float32,
     D: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    SHORT: gl.constexpr, ONE: gl.constexpr,
+    SHORT: gl.constexpr, ONE: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """One tile; SPLIT: one of `runs` runs of its blocks. Strides of q and v come divided by 8.
 
@@ -179,8 +184,14 @@ def sequences_step(
         most = gl.minimum(keys, seen + until - 1)
         fewest = gl.minimum(keys, seen + row_of)
     wanted = gl.where(row_of < queries_here, gl.maximum(most + _KEYS - 1, 0) // _KEYS, 0)
-    run = (wanted + runs - 1) // runs
-    begin = piece * run
+    begin = 0
+    # The first key that some row of the tile sees.
+    least = 0
+    if WINDOW:
+        begin = gl.maximum(first_block(fewest, window, wanted), 0)
+        least = fewest - window
+    run = (wanted - begin + runs - 1) // runs
+    begin += piece * run
     count = gl.maximum(gl.minimum(run, wanted - begin), 0)
     batch = gl.minimum(b, gl.maximum(sequences - 1, 0))
     of = batch
@@ -217,6 +228,9 @@ def sequences_step(
     last = gl.full([_ROWS], keys, gl.int32, COLUMN)
     if CAUSAL:
         last = gl.minimum(last, seen + row_in)
+    low = last * 0
+    if WINDOW:
+        low = seen + row_in - window
     place = ((start * queries + q_begin).to(gl.int64) + row_in) * heads + head
     column = gl.arange(0, D, gl.SliceLayout(1, S_LAYOUT))
     top = gl.full([_ROWS], float("-inf"), gl.float32, COLUMN)
@@ -225,6 +239,9 @@ def sequences_step(
     zero = gl.zeros([_KEYS, _ROWS], gl.float32, S_LAYOUT)
     level = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
     v += kv_head.to(gl.int64) * v_head * 8
+    by = scale
+    if CAP:
+        by = 1.0
     for j in range(0, count):
         step = 2 * j
         block = begin + j
@@ -240,10 +257,14 @@ def sequences_step(
                 D, PAGE, ONE,
             )  # fmt: skip
         key = block * _KEYS + gl.arange(0, _KEYS, gl.SliceLayout(1, S_LAYOUT))
+        if CAP:
+            s = capped(s, scale, cap)
         s = gl.where(key[:, None] < last[None, :], s, float("-inf"))
-        next_top = gl.max(s, 0) * scale
+        if WINDOW:
+            s = gl.where(key[:, None] >= low[None, :], s, float("-inf"))
+        next_top = gl.max(s, 0) * by
         base = gl.where(next_top == float("-inf"), 0.0, next_top)
-        p = gl.exp2(s * scale - base[None, :])
+        p = gl.exp2(s * by - base[None, :])
         pbuf.store(p.to(kd.dtype))
         fence_async_shared()
         next_total = gl.convert_layout(_sum(p), COLUMN)
@@ -256,11 +277,11 @@ def sequences_step(
         base = gl.where(highest == float("-inf"), 0.0, highest)
         shrink, share = gl.exp2(top - base), gl.exp2(next_top - base)
         part = warpgroup_mma_wait(0, deps=[part])
-        if block * _KEYS + _KEYS > fewest:  # noqa: SIM102  (a look that costs, and what it found)
+        if WINDOW or block * _KEYS + _KEYS > fewest:  # noqa: SIM102  (a look that costs, and what it found)
             if gl.max(gl.max(gl.where(part - part == 0.0, 0, 1), 1), 0) != 0:
                 part = _careful(
                     part, p, v, v_tile, pbuf, of, v_batch, v_page, v_row, table, columns,
-                    page_size, pages, block * _KEYS, first, last, most, PAGE,
+                    page_size, pages, block * _KEYS, first, low, last, least, most, PAGE, WINDOW,
                 )  # fmt: skip
         gl.thread_barrier()
         if j + 2 < count:

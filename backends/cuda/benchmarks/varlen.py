@@ -1,6 +1,7 @@
 """`bi.attention` beside stock torch, bf16, 32 query and 8 key heads of 128: prefill and decode.
 
 Stock is `scaled_dot_product_attention` of dense sequences of the same lengths, without pages.
+`host` is how long an eager call keeps the host busy, lengths on the GPU, the queue empty before it.
 
 python backends/cuda/benchmarks/varlen.py --out docs/benchmarks/cuda_varlen.json
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,40 @@ def measure(batch: int, rows: int, keys: int) -> dict[str, float]:
     return found
 
 
+def host_us(call: Callable[[], Any]) -> float:
+    """Microseconds, the median of 50 calls."""
+    times = []
+    for _ in range(60):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return round(sorted(times[10:])[25] * 1e6, 1)
+
+
+def host(batch: int, rows: int, keys: int) -> dict[str, float]:
+    """Host time of stock torch's choice of a kernel and of each form of ours."""
+    q = drawn(batch, rows, HEADS, SIZE)
+    k, v = (drawn(batch, keys, KEY_HEADS, SIZE) for _ in "kv")
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    causal = rows == keys
+    with torch.inference_mode():
+        found = {
+            "stock": host_us(
+                lambda: scaled_dot_product_attention(
+                    *heads_first, is_causal=causal, enable_gqa=True
+                )
+            )
+        }
+        for name, (tensors, layout) in forms(q, k, v).items():
+            found[name] = host_us(
+                lambda tensors=tensors, layout=layout: bi.attention(  # type: ignore[misc]
+                    *tensors, causal=True, **layout
+                )
+            )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="write the report to this file")
@@ -101,6 +138,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "unit": "us, CUDA-graph replay",
         "lines": lines,
+        "host us": {"prefill 8 x 256": host(8, 256, 256), "decode 8 x 512": host(8, 1, 512)},
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -225,14 +225,13 @@ hopper = pytest.mark.skipif(
 
 @hopper
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 64)], ids=str)
-@pytest.mark.parametrize("causal", [True, False])
 def test_many_rows_have_one_result_on_every_route(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, causal: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, options: dict[str, Any]
 ) -> None:
     routes = Routes(monkeypatch)
-    given = Sequences(dtype, (size, size), {"causal": causal})
+    given = Sequences(dtype, (size, size), options)
     q, k, v = (torch.cat(x) for x in (given.q, given.k, given.v))
-    packed = {"cu_seqlens_q": cuts(QUERIES), "cu_seqlens_k": cuts(LENGTHS), "causal": causal}
+    packed = {"cu_seqlens_q": cuts(QUERIES), "cu_seqlens_k": cuts(LENGTHS), **given.options}
     assert not routes.differ("takes_many", q, k, v, **packed)
     assert routes.kept
     # Values that some rows do not see; control: the marks of such rows are looked at.
@@ -244,12 +243,13 @@ def test_many_rows_have_one_result_on_every_route(
     monkeypatch.setattr(varlen_attention, "many_rows", many)
     three = [torch.stack([x[:300], x[300:600]]) for x in (q, k, v)]
     three[2].nan_to_num_(0, 0, 0)
-    assert not routes.differ("is_square", *three, causal=causal)
+    route = "is_square" if options.keys() <= {"causal"} else "takes_many"
+    assert not routes.differ(route, *three, **given.options)
     three[2][0, 200:] = math.nan
-    padded = {"seq_lens": ints(200, 299), "left_pad": ints(3, 130)}
-    assert not routes.differ("takes_many", *three, causal=causal, **padded)
+    padded = {"seq_lens": ints(200, 299), "left_pad": ints(3, 130), **given.options}
+    assert not routes.differ("takes_many", *three, **padded)
     short = [three[0][:, :100], *three[1:]]
-    assert not routes.differ("takes_many", *short, causal=causal, **padded)
+    assert not routes.differ("takes_many", *short, **padded)
 
 
 @hopper
@@ -281,8 +281,12 @@ def test_pages_have_one_result_on_every_route(
         monkeypatch.setattr(varlen_attention, "runs_of", runs)
         assert not routes.differ(name, q, k, v, **given)
         assert routes.kept
-    if queries < 100:
-        assert not routes.differ(name, q, k, v, sinks=draw(8), **given)
+    # In front of what a window of 5 shows of its block.
+    hidden = v.clone()
+    hidden[table[0, 650 // page_size], 650 % page_size] = math.inf
+    for more in ({"window": 130}, {"soft_cap": 1.5}, {"window": 5, "soft_cap": 2.0}):
+        sinks = draw(8) if "window" in more else None
+        assert not routes.differ(name, q, k, hidden, sinks=sinks, **more, **given)
     packed = {**given, "cu_seqlens_q": cuts((queries - 1, queries, queries, 0, queries))}
     if queries != 5:
         assert not routes.differ(name, q.flatten(0, 1), k, v, **packed)

@@ -34,7 +34,8 @@ def listed(queries, firsts, ends, begins, tokens, short, causal, packed):
             at = begins[b] if b < len(ends) else 0
             found.append((
                 *((0, q_row + row) if packed else (b, row)), rows,
-                min(b, len(ends) - 1) if not packed else 0, at + first, seen, keys,
+                min(b, len(ends) - 1) if not packed else 0, at + first, seen,
+                keys if b < len(ends) else -1,
                 max(-(-last // 128), 1),
             ))
         q_row += count
