@@ -1,12 +1,10 @@
 """Attention over sequences on CUDA: dense, packed or in pages; which kernel, which tile.
 
-fp32 is `varlen_chains.py`; bf16 and fp16 are `varlen_blocks.py`. Lengths stay on the device:
-nothing waits for them, and the kernels clamp them to the tensors.
+Lengths stay on the device: nothing waits for them, and the kernels clamp them to the tensors.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,24 +16,28 @@ from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.varlen_attention import check_arguments
 from batch_invariant.ops.varlen_definition import factor
-from batch_invariant.ops.varlen_layout import NAME, Layout, batch_of, capacity, check_values
+from batch_invariant.ops.varlen_layout import NAME, Layout, check_values
 from batch_invariant.order import serial, undeclared
 from batch_invariant_cuda.attention import KERNELS as DENSE
-from batch_invariant_cuda.attention import padded_size, refusal, run_of, tile
-from batch_invariant_cuda.attention_blocks import INSIDE, MARK, NOBODY
-from batch_invariant_cuda.attention_chains import KEYS
+from batch_invariant_cuda.attention import refusal
 from batch_invariant_cuda.attention_merge import BLOCK
-from batch_invariant_cuda.row_launch import Calls, multiprocessors
-from batch_invariant_cuda.varlen_blocks import combine_sequences, sequences_in_blocks
-from batch_invariant_cuda.varlen_chains import sequences_in_chains
+from batch_invariant_cuda.row_launch import Calls
+from batch_invariant_cuda.varlen_call import Call
 from batch_invariant_cuda.varlen_ring import (
-    Again,
-    Call,
     few_rows,
     few_tiles,
     many_rows,
     takes_few,
     takes_many,
+)
+from batch_invariant_cuda.varlen_tiles import (
+    Again,
+    in_blocks,
+    in_chains,
+    mend,
+    merge,
+    parts_of,
+    processors,
 )
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -88,8 +90,8 @@ def _attention(
         q, by = (q * 0, 1.0) if by == 0 else (-q, -by)
     sinks = None if sinks is None else sinks.contiguous()
     if out.numel() or lse.numel():
-        again = _launch(q, k, v, sinks, layout, out, lse, causal, by, window, soft_cap)
-        used = (q, k, v, sinks, *layout)
+        call = Call(q, k, v, sinks, layout, out, lse, causal, by, window, soft_cap)
+        again, used = _launch(call), call.tensors[: len(given)]
         if again is not None and all(
             x is y is None or (x is not None and y is not None and x.data_ptr() == y.data_ptr())
             for x, y in zip(used, given, strict=True)
@@ -141,118 +143,22 @@ def _square(
     return out.transpose(1, 2), lse
 
 
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    layout: Layout,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    by: float,
-    window: int | None,
-    soft_cap: float | None,
-) -> Again | None:
+def _launch(call: Call) -> Again | None:
     """Computes `out` and `lse`; and how to do it again, where that is known."""
-    packed = layout.cu_seqlens_q is not None
-    sequences, room = batch_of(q, layout), capacity(k, layout)
-    heads, size, v_size = *q.shape[-2:], v.size(-1)
-    group = heads // k.size(-2)
-    tokens = q.size(0) if packed else 0
-    queries = 0 if packed else q.size(1)
-    table = layout.block_table
-    depth, v_depth = padded_size(size), padded_size(v_size)
-    before = (sequences, queries, tokens, heads, group, room, size, v_size)
-    strides = (
-        *(0 if packed else q.stride(0), q.stride(-2), q.stride(-3)),
-        *(stride for x in (k, v) for stride in _strides(x, table is not None)),
-    )
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    behind = (
-        *((0, 1, 1) if table is None else (table.size(1), k.size(1), k.size(0))),
-        window or 0,
-        *(stride // unit for stride in strides),
-        *(0 if packed else lse.stride(0), lse.stride(-2)),
-    )
-    options = (causal, window is not None, soft_cap is not None)
-
-    def tiles_of(rows: int) -> int:
-        """Packed sequences have at most this many tiles, and one more behind them."""
-        if packed:
-            return (tokens * group // rows + sequences + 2) * k.size(-2)
-        return sequences * -(-queries * group // rows) * k.size(-2)
-
-    if q.dtype == torch.float32:
-        wide = max(size, v_size) > 64
-        rows = 16 if wide or queries * group <= 16 else 32
-        sequences_in_chains(
-            tiles_of(rows), (q, k, v, sinks, *layout, out, lse),
-            (*before, *behind, by, soft_cap or 0.0),
-            (rows, KEYS, depth, v_depth, *options, unit), 8 if wide else 4,
-        )  # fmt: skip
+    if call.q.dtype == torch.float32:
+        in_chains(call)
         return None
-    factors = (by * math.log2(math.e), 0.0)
-    if soft_cap is not None:
-        factors = (2 * math.log2(math.e) * by / soft_cap, soft_cap * math.log2(math.e))
-    blocks = -(-room // BLOCK)
-    processors = multiprocessors(q.device.index) if q.is_cuda else 1
-
-    def parts_of() -> torch.Tensor:
-        """Room for weighted sum, maximum and sum of each row over each block of keys."""
-        shape = (lse.numel(), blocks, v_size + 2)
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-    def merge(parts: torch.Tensor) -> Again | None:
-        width = min(v_depth, 32)
-        launch = (
-            lse.numel() * (v_depth // width), (parts, sinks, *layout[:-1], out, lse),
-            (sequences, queries, tokens, heads, room, v_size, blocks, window or 0, *behind[-2:]),
-            (width, v_depth // width, *options[:2], 4 if blocks <= 4 else 32), 1,
-        )  # fmt: skip
-        combine_sequences(*launch)
-        return combine_sequences.repeat(*launch)
-
-    call = Call(q, k, v, sinks, layout, out, lse, causal, window, factors)
     if takes_few(call):
-        seen = blocks if window is None else min(blocks, window // BLOCK + 2)
-        runs = runs_of(few_tiles(call)[1] * k.size(-2), seen, processors)
-        parts = parts_of() if runs > 1 else None
+        seen = call.blocks if call.window is None else min(call.blocks, call.window // BLOCK + 2)
+        runs = runs_of(few_tiles(call)[1] * call.k.size(-2), seen, processors(call))
+        parts = parts_of(call) if runs > 1 else None
         start = few_rows(call, parts, runs)
-        return _folded(start, None if parts is None else (parts, merge(parts)))
-    each = queries if not packed else -(-tokens // max(sequences, 1))
-    how = tile(each * group, room, max(depth, v_depth), q.device)
-    tiles = tiles_of(how.rows)
-    static = (how.rows, depth, v_depth, *options)
-
-    def mend(odd: torch.Tensor, run: int, marks: int) -> Again | None:
-        launch = (
-            min(tiles, processors), (q, k, v, sinks, *layout, out, lse, None, odd),
-            (*before, blocks, run, *behind, *factors, tiles, marks),
-            (*static, False, INSIDE, 1, unit, True), how.warps,
-        )  # fmt: skip
-        sequences_in_blocks(*launch)
-        return sequences_in_blocks.repeat(*launch)
-
+        return _folded(start, None if parts is None else (parts, merge(call, parts)))
     if takes_many(call):
         odd, start = many_rows(call)
-        return _mended(start, None if odd is None else (odd, mend(odd, blocks, odd.numel())))
-    run = run_of(tiles, max(blocks, 1), processors)
-    parts = parts_of() if run < blocks else None
-    care = NOBODY
-    if causal:
-        care = INSIDE if how.rows <= 16 or parts is not None else MARK
-    odd = torch.empty(tiles, dtype=torch.int8, device=q.device) if care == MARK else None
-    sequences_in_blocks(
-        tiles if parts is None else tiles * -(-blocks // run),
-        (q, k, v, sinks, *layout, out, lse, parts, odd),
-        (*before, blocks, run, *behind, *factors, tiles, 0),
-        (*static, parts is not None, care, how.stages, unit, False), how.warps,
-    )  # fmt: skip
-    if odd is not None:
-        mend(odd, run, 0)
-    if parts is not None:
-        merge(parts)
+        fix = None if odd is None else (odd, mend(call, odd, call.blocks, odd.numel()))
+        return _mended(start, fix)
+    in_blocks(call)
     return None
 
 
@@ -294,12 +200,6 @@ def _mended(start: Again | None, more: tuple[torch.Tensor, Again | None] | None)
 def runs_of(tiles: int, blocks: int, processors: int) -> int:
     """Programs that share the blocks of keys of one tile of few rows; it changes no bit."""
     return max(1, min(blocks, 2 * processors // max(tiles, 1)))
-
-
-def _strides(x: torch.Tensor, paged: bool) -> tuple[int, int, int, int]:
-    """Of a batch, a page, a head and a row; 0 where there is none."""
-    first = x.stride(0) if x.dim() == 4 else 0
-    return (0 if paged else first, first if paged else 0, x.stride(-2), x.stride(-3))
 
 
 _BLOCKWISE = undeclared("blocks of 128 keys from the sequence's first, merged ascending")

@@ -22,6 +22,7 @@ from batch_invariant_cuda import (
     row_launch,
     softmax,
     varlen_attention,
+    varlen_tiles,
 )
 
 CAPABILITY = int(sys.argv[1])
@@ -101,7 +102,7 @@ row_launch.RowKernel.repeat = lambda *args, **options: None
 capability = divmod(CAPABILITY, 10)
 matmul.capability = lambda device: capability
 matmul.programs = lambda device: PROCESSORS
-attention.tile = varlen_attention.tile = lambda rows, keys, widest, device, of=attention.tile: of(
+attention.tile = varlen_tiles.tile = lambda rows, keys, widest, device, of=attention.tile: of(
     rows, keys, widest, torch.device("cuda", 0)
 )
 attention.capability = matmul.capability

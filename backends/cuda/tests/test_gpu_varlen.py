@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from batch_invariant.cpu import _kernels as cpu_kernels  # noqa: E402
 from batch_invariant.ops.varlen_definition import attend  # noqa: E402
-from batch_invariant_cuda import attention, varlen_attention  # noqa: E402
+from batch_invariant_cuda import attention, varlen_attention, varlen_tiles  # noqa: E402
 
 CPU = cpu_kernels()["attention"].fn
 GPU = varlen_attention.KERNELS["attention"].fn
@@ -174,8 +174,8 @@ def test_cuts_tiles_and_splits_change_no_bit(
     monkeypatch.setattr(varlen_attention, "takes_many", lambda _: False)
     for shape in ((16, 4, 1), (64, 4, 1), (64, 8, 2)):
         for run in (1, 3, 99):
-            monkeypatch.setattr(varlen_attention, "tile", lambda *_, s=shape: attention.Tile(*s))
-            monkeypatch.setattr(varlen_attention, "run_of", lambda *_, run=run: run)
+            monkeypatch.setattr(varlen_tiles, "tile", lambda *_, s=shape: attention.Tile(*s))
+            monkeypatch.setattr(varlen_tiles, "run_of", lambda *_, run=run: run)
             for a, b in zip(usual, given.packed(), strict=True):
                 assert mismatch(a, b) is None, (shape, run)
 

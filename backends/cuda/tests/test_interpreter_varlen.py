@@ -17,7 +17,7 @@ import torch
 from batch_invariant.ops import varlen_cases
 from batch_invariant.ops.contract import Data, Draw
 from batch_invariant.ops.varlen_definition import attend
-from batch_invariant_cuda import attention, varlen_attention
+from batch_invariant_cuda import attention, varlen_attention, varlen_tiles
 
 if "broken" in sys.argv:  # nobody looks at the padding on the left
 
@@ -27,14 +27,14 @@ if "broken" in sys.argv:  # nobody looks at the padding on the left
         )
 
     for name in ("sequences_in_blocks", "sequences_in_chains"):
-        setattr(varlen_attention, name, without(getattr(varlen_attention, name)))
+        setattr(varlen_tiles, name, without(getattr(varlen_tiles, name)))
 
 kernel = varlen_attention.KERNELS["attention"].fn
-varlen_attention.tile = attention.tile = lambda *_: attention.Tile(16, 4, 1)
+varlen_tiles.tile = attention.tile = lambda *_: attention.Tile(16, 4, 1)
 
 
 def run(args, split=False):
-    varlen_attention.run_of = lambda tiles, blocks, _: 1 if split else blocks
+    varlen_tiles.run_of = lambda tiles, blocks, _: 1 if split else blocks
     return kernel(**args)
 
 
