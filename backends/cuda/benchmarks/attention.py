@@ -7,14 +7,12 @@ python backends/cuda/benchmarks/attention.py --out docs/benchmarks/cuda_attentio
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import report
 import torch
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -93,27 +91,10 @@ def measure(batch: int, rows: int, keys: int, masked: bool = False) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="write the report to this file")
-    options = parser.parse_args()
     shapes: dict[str, tuple[Any, ...]] = {f"prefill {b} x {n}": (b, n, n) for b, n in PREFILL}
     shapes |= {f"masked {b} x {n}": (b, n, n, True) for b, n in PREFILL[1:]}
     shapes |= {f"decode {b} x {n}": (b, 1, n) for b, n in DECODE}
-    lines = {}
-    for name, shape in shapes.items():
-        lines[name] = measure(*shape)
-        print(f"{name:20} {lines[name]}", flush=True)
-        torch.cuda.empty_cache()
-    report = {
-        "command": "python backends/cuda/benchmarks/attention.py "
-        "--out docs/benchmarks/cuda_attention.json",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": torch.cuda.get_device_name(),
-        "unit": "us, CUDA-graph replay",
-        "lines": lines,
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    report.make("attention", __doc__, {k: partial(measure, *shape) for k, shape in shapes.items()})
 
 
 if __name__ == "__main__":

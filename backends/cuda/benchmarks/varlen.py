@@ -1,22 +1,20 @@
 """`bi.attention` beside stock torch, bf16, 32 query and 8 key heads of 128: prefill and decode.
 
 Stock is `scaled_dot_product_attention` of dense sequences of the same lengths, without pages.
-`host` is how long an eager call keeps the host busy, lengths on the GPU, the queue empty before it.
+`host_us`: how long an eager call keeps the host busy, lengths on the GPU, the queue empty before.
 
 python backends/cuda/benchmarks/varlen.py --out docs/benchmarks/cuda_varlen.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import report
 import torch
-import triton
 from attention import DECODE, HEADS, KEY_HEADS, SIZE, STOCK, microseconds
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -120,27 +118,12 @@ def host(batch: int, rows: int, keys: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="write the report to this file")
-    options = parser.parse_args()
     shapes = {f"prefill {b} x {n}": (b, n, n) for b, n in PREFILL}
     shapes |= {f"decode {b} x {n}": (b, 1, n) for b, n in DECODE}
-    lines = {}
-    for name, shape in shapes.items():
-        lines[name] = measure(*shape)
-        print(f"{name:20} {lines[name]}", flush=True)
-        torch.cuda.empty_cache()
-    report = {
-        "command": "python backends/cuda/benchmarks/varlen.py "
-        "--out docs/benchmarks/cuda_varlen.json",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": torch.cuda.get_device_name(),
-        "unit": "us, CUDA-graph replay",
-        "lines": lines,
-        "host us": {"prefill 8 x 256": host(8, 256, 256), "decode 8 x 512": host(8, 1, 512)},
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    report.make(
+        "varlen", __doc__, {k: partial(measure, *shape) for k, shape in shapes.items()},
+        host_us=lambda: {"prefill 8 x 256": host(8, 256, 256), "decode 8 x 512": host(8, 1, 512)},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

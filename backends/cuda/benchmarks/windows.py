@@ -7,13 +7,11 @@ python backends/cuda/benchmarks/windows.py --out docs/benchmarks/cuda_windows.js
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
+import report
 import torch
-import triton
 from attention import microseconds
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -67,6 +65,7 @@ def stock(kind: Kind, rows: int) -> Any:
 
 def measure(kind: Kind, batch: int, rows: int) -> dict[str, float]:
     """Microseconds of both, and their ratio."""
+    torch.compiler.reset()
     q, k, v = (
         torch.randn(batch, rows, heads, kind.size, device="cuda", dtype=torch.bfloat16)
         for heads in (kind.heads, kind.key_heads, kind.key_heads)
@@ -85,26 +84,15 @@ def measure(kind: Kind, batch: int, rows: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="write the report to this file")
-    options = parser.parse_args()
-    lines = {}
-    for batch, rows in SHAPES:
-        for name, kind in KINDS.items():
-            label = f"{name}, {batch} x {rows}"
-            lines[label] = measure(kind, batch, rows)
-            print(f"{label:40} {lines[label]}", flush=True)
-            torch.compiler.reset()
-    report = {
-        "command": "python backends/cuda/benchmarks/windows.py "
-        "--out docs/benchmarks/cuda_windows.json",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "device": torch.cuda.get_device_name(),
-        "unit": "us, CUDA-graph replay",
-        "lines": lines,
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    report.make(
+        "windows",
+        __doc__,
+        {
+            f"{name}, {batch} x {rows}": partial(measure, kind, batch, rows)
+            for batch, rows in SHAPES
+            for name, kind in KINDS.items()
+        },
+    )
 
 
 if __name__ == "__main__":
