@@ -71,7 +71,7 @@ def _merge(top, total, acc, next_top, next_total, part):
 
 
 @gluon.jit
-def _leave(to, top, total, acc, valid):
+def leave(to, top, total, acc, valid):
     """Writes a part, which stays in the cache while keys and values pass through it."""
     D: gl.constexpr = acc.shape[0]
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -173,11 +173,11 @@ def attention_step(
             top, total, acc = _merge(top, total, acc, next_top, next_total, part)
         else:
             to = parts + (place * blocks + first + j) * (D + _EXTRA)
-            _leave(to, next_top, next_total, part, valid)
+            leave(to, next_top, next_total, part, valid)
     if SPLIT:  # noqa: SIM102
         if first == 0:
             to = parts + (place * blocks + count - 1) * (D + _EXTRA)
-            _leave(to, top, total, acc, valid)
+            leave(to, top, total, acc, valid)
     # Programs of the next launch that came while all multiprocessors are full would crowd on few.
     gdc_launch_dependents()
     if not SPLIT:
