@@ -50,6 +50,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Again = Callable[[int, int, int, int, int], None]
 
 _WIDEST = 256  # head size whose tiles still fit
+_LONG = 32  # blocks of keys; fewer are done before the buffers of a multiprocessor matter
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
@@ -140,6 +141,14 @@ def run_of(tiles: int, blocks: int, processors: int) -> int:
     return -(-blocks // max(1, min(blocks, 2 * processors // max(tiles, 1))))
 
 
+def fill(tiles: int, blocks: int, processors: int) -> bool:
+    """Whether tiles of few rows, a multiprocessor for each, keep the memory busy without runs.
+
+    Each then has all buffers of its multiprocessor, and leaves no parts in memory.
+    """
+    return 4 * processors <= 5 * tiles <= 5 * processors and blocks >= _LONG
+
+
 def _parts(q: torch.Tensor, blocks: int, v_size: int) -> torch.Tensor:
     """Room for weighted sum, maximum and sum of each row over each block of keys."""
     shape = (*q.shape[:3], blocks, padded_size(v_size) + EXTRA)
@@ -181,9 +190,11 @@ def _few(
 ) -> Again | None:
     """A few rows that attend to all keys, on Hopper."""
     blocks = -(-k.size(2) // BLOCK)
-    run = run_of(q.size(0) * k.size(1), blocks, multiprocessors(q.device.index))
+    tiles, processors = q.size(0) * k.size(1), multiprocessors(q.device.index)
+    alone = fill(tiles, blocks, processors)
+    run = blocks if alone else run_of(tiles, blocks, processors)
     parts = _parts(q, blocks, v.size(3)) if run < blocks else None
-    start = few_rows(q, k, v, out, lse, parts, run, factor)
+    start = few_rows(q, k, v, out, lse, parts, run, alone, factor)
     fold = _combine(parts, out, lse, False, run - 1)
     if start is None or (parts is not None and fold is None):
         return None

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
 from batch_invariant_cuda.attention_hopper import KEYS, ROWS, attention_ring
-from batch_invariant_cuda.attention_step import attention_step
+from batch_invariant_cuda.attention_step import ALL_SLOTS, SLOTS, attention_step
 from batch_invariant_cuda.launch import DTYPES
 from batch_invariant_cuda.plan import Maps, launcher
 from batch_invariant_cuda.row_launch import multiprocessors
@@ -196,11 +196,13 @@ def few_rows(
     lse: torch.Tensor,
     parts: torch.Tensor | None,
     run: int,
+    alone: bool,
     factor: float,
 ) -> Start | None:
     """Computes `out` and `lse`, or `parts` by runs of so many blocks of keys.
 
-    And how to do it again, called with the addresses of k, v, q, out, lse and parts.
+    alone: no two programs share a multiprocessor. And how to do it again, called with the addresses
+    of k, v, q, out, lse and parts.
     """
     batch, heads, rows, size = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -212,5 +214,5 @@ def few_rows(
         (boxed(k, KEYS), boxed(v, KEYS)),
         (q, out, lse, parts),
         (heads, heads // kv_heads, rows, keys, blocks, run, runs, *steps, factor),
-        (size, parts is not None),
+        (size, parts is not None, ALL_SLOTS * 128 // size if alone else SLOTS),
     )

@@ -23,19 +23,21 @@ from batch_invariant_cuda.attention_hopper import KEYS
 from batch_invariant_cuda.attention_merge import EXTRA
 
 ROWS = 16  # of a tile
-SLOTS = 3
+SLOTS = 3  # of a ring, of which two fit a multiprocessor
+ALL_SLOTS = 6  # of one that has a multiprocessor to itself
 
 _ROWS = gl.constexpr(ROWS)
 _KEYS = gl.constexpr(KEYS)
-_SLOTS = gl.constexpr(SLOTS)
 _EXTRA = gl.constexpr(EXTRA)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _copy(kd, vd, ring, full, step, batch, kv_head, first, D: gl.constexpr):
+def _copy(
+    kd, vd, ring, full, step, batch, kv_head, first, D: gl.constexpr, SLOTS: gl.constexpr
+):  # fmt: skip
     """Begins copy number `step`: the keys of a block, its values, the keys of the next, ..."""
-    slot = step % _SLOTS
+    slot = step % SLOTS
     bar = full.index(slot)
     mbarrier.expect(bar, _KEYS * D * 2)
     at = [batch, kv_head, first + step // 2 * _KEYS, 0]
@@ -71,7 +73,7 @@ def _merge(top, total, acc, next_top, next_total, part):
 
 
 @gluon.jit
-def _leave(to, top, total, acc, valid):
+def leave(to, top, total, acc, valid):
     """Writes a part, which stays in the cache while keys and values pass through it."""
     D: gl.constexpr = acc.shape[0]
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -89,7 +91,7 @@ def _leave(to, top, total, acc, valid):
 def attention_step(
     kd, vd, q, out, lse, parts,
     heads, group, rows, keys, blocks, run, runs, q_batch, q_head, q_row, scale: gl.float32,
-    D: gl.constexpr, SPLIT: gl.constexpr,
+    D: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """All rows of the heads that share a key head; SPLIT: one of `runs` runs of `run` blocks.
 
@@ -101,11 +103,11 @@ def attention_step(
     P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], kd.dtype)
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], kd.dtype)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    ring = gl.allocate_shared_memory(kd.dtype, [_SLOTS] + kd.block_type.shape, kd.layout)
+    ring = gl.allocate_shared_memory(kd.dtype, [SLOTS] + kd.block_type.shape, kd.layout)
     pbuf = gl.allocate_shared_memory(kd.dtype, [_KEYS, _ROWS], P_LAYOUT)
     qbuf = gl.allocate_shared_memory(kd.dtype, [_ROWS, D], Q_LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(_SLOTS):
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
     piece = gl.program_id(0) % runs
     pair = gl.program_id(0) // runs
@@ -119,9 +121,9 @@ def attention_step(
     gdc_wait()
     if run == 1:
         gdc_launch_dependents()
-    for i in gl.static_range(_SLOTS):
+    for i in gl.static_range(SLOTS):
         if i < 2 * count:
-            _copy(kd, vd, ring, full, i, batch, kv_head, first * _KEYS, D)
+            _copy(kd, vd, ring, full, i, batch, kv_head, first * _KEYS, D, SLOTS)
     index = gl.arange(0, _ROWS, gl.SliceLayout(1, LOAD))
     head = (kv_head * group + index % group).to(gl.int64)
     row = (index // group).to(gl.int64)
@@ -142,13 +144,13 @@ def attention_step(
     zero = gl.zeros([_KEYS, _ROWS], gl.float32, S_LAYOUT)
     for j in range(0, count):
         step = 2 * j
-        mbarrier.wait(full.index(step % _SLOTS), step // _SLOTS & 1)
-        k = ring.index(step % _SLOTS).reshape([_KEYS, D])
+        mbarrier.wait(full.index(step % SLOTS), step // SLOTS & 1)
+        k = ring.index(step % SLOTS).reshape([_KEYS, D])
         s = warpgroup_mma(k, qbuf.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         gl.thread_barrier()
-        if step + _SLOTS < 2 * count:
-            _copy(kd, vd, ring, full, step + _SLOTS, batch, kv_head, first * _KEYS, D)
+        if step + SLOTS < 2 * count:
+            _copy(kd, vd, ring, full, step + SLOTS, batch, kv_head, first * _KEYS, D, SLOTS)
         key = (first + j) * _KEYS + gl.arange(0, _KEYS, gl.SliceLayout(1, S_LAYOUT))
         s = gl.where((key < keys)[:, None], s, float("-inf"))
         next_top = gl.max(s, 0) * scale
@@ -158,26 +160,26 @@ def attention_step(
         fence_async_shared()
         next_total = gl.convert_layout(_sum(p), COLUMN)
         step += 1
-        mbarrier.wait(full.index(step % _SLOTS), step // _SLOTS & 1)
-        v = ring.index(step % _SLOTS).reshape([_KEYS, D]).permute((1, 0))
+        mbarrier.wait(full.index(step % SLOTS), step // SLOTS & 1)
+        v = ring.index(step % SLOTS).reshape([_KEYS, D]).permute((1, 0))
         part = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
         gl.thread_barrier()
         part = warpgroup_mma(v, pbuf, part, use_acc=False, is_async=True)
         part = warpgroup_mma_wait(0, deps=[part])
         gl.thread_barrier()
-        if step + _SLOTS < 2 * count:
-            _copy(kd, vd, ring, full, step + _SLOTS, batch, kv_head, first * _KEYS, D)
+        if step + SLOTS < 2 * count:
+            _copy(kd, vd, ring, full, step + SLOTS, batch, kv_head, first * _KEYS, D, SLOTS)
         if not SPLIT:  # noqa: SIM114  (a constexpr, and a number on the device)
             top, total, acc = _merge(top, total, acc, next_top, next_total, part)
         elif first == 0:
             top, total, acc = _merge(top, total, acc, next_top, next_total, part)
         else:
             to = parts + (place * blocks + first + j) * (D + _EXTRA)
-            _leave(to, next_top, next_total, part, valid)
+            leave(to, next_top, next_total, part, valid)
     if SPLIT:  # noqa: SIM102
         if first == 0:
             to = parts + (place * blocks + count - 1) * (D + _EXTRA)
-            _leave(to, top, total, acc, valid)
+            leave(to, top, total, acc, valid)
     # Programs of the next launch that came while all multiprocessors are full would crowd on few.
     gdc_launch_dependents()
     if not SPLIT:

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from batch_invariant_cuda.attention_hopper import KEYS
-from batch_invariant_cuda.attention_step import ROWS, SLOTS, _sum
+from batch_invariant_cuda.attention_step import ROWS, SLOTS, _sum, leave
 from batch_invariant_cuda.varlen_pages import blocks_of, boxes, copy_block, pages_of
 from batch_invariant_cuda.varlen_scores import capped, first_block
 
@@ -292,9 +292,7 @@ def sequences_step(
         ahead = later
         if SPLIT:
             to = parts + (place * blocks + block) * (D + 2)
-            gl.store(to[None, :] + column[:, None], part, mask=valid[None, :])
-            gl.store(to + D, next_top, mask=valid)
-            gl.store(to + D + 1, next_total, mask=valid)
+            leave(to, next_top, next_total, part, valid)
         else:
             total = gl.fma(next_total, share, total * shrink)
             acc = gl.fma(part, level + share[None, :], acc * shrink[None, :])

@@ -217,7 +217,7 @@ class TestHopper:
             assert same(found, attend(q, k, v, mask == 0))
 
     @pytest.mark.parametrize("rows", [1, 4])
-    @pytest.mark.parametrize("keys", [1, 127, 128, 129, 5000])
+    @pytest.mark.parametrize("keys", [1, 127, 128, 129, 1025, 5000])
     def test_few_rows_have_the_bits_of_the_general_kernel(
         self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, rows: int, keys: int
     ) -> None:
@@ -226,9 +226,30 @@ class TestHopper:
         k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
         assert attention.takes_few(q, k, v)
         found = attend(q, k, v)
-        for run in (1, 3, 99):
+        # A part that no program leaves must not be there from an earlier call.
+        parts = attention._parts
+        monkeypatch.setattr(attention, "_parts", lambda *a: parts(*a).fill_(math.nan))
+        for run in (1, 2, 3, 7, 99):
             monkeypatch.setattr(attention, "run_of", lambda *_, run=run: run)
-            assert same(found, attend(q, k, v))
+            assert same(found, attend(q, k, v)), run
+        general(monkeypatch)
+        assert same(found, attend(q, k, v))
+
+    @pytest.mark.parametrize("keys", [3969, 4096])
+    def test_a_multiprocessor_for_each_tile_changes_no_bit(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, keys: int
+    ) -> None:
+        draw = Draw(dtype, size)
+        q, k, v = draw.heads(8, 1), draw.heads(2, keys), draw.values(keys)
+        k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
+        assert not attention.fill(4, 32, 132)
+        assert attention.fill(128, 32, 132)
+        filled = []
+        monkeypatch.setattr(attention, "fill", lambda *_: filled.append(True) or True)
+        found = attend(q, k, v)
+        assert filled
+        monkeypatch.setattr(attention, "fill", lambda *_: False)
+        assert same(found, attend(q, k, v))
         general(monkeypatch)
         assert same(found, attend(q, k, v))
 
