@@ -113,7 +113,7 @@ def _rms_norm_kernel(
     """
     LANE: gl.constexpr = lane_layout(WARPS)
     GROUPS: gl.constexpr = (T + DEPTH - 1) // DEPTH
-    FULL: gl.constexpr = T >= DEPTH
+    FULL: gl.constexpr = T > DEPTH  # the first segment behind the slots
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     slots = gl.allocate_shared_memory(x.dtype.element_ty, [S, SEGMENT], shared)
     held = slots._reinterpret(x.dtype.element_ty, [S * DEPTH, LANES], shared)

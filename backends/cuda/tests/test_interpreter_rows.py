@@ -81,7 +81,7 @@ if not broken:
     x = draw(2, 24592)
     for name in ("sum", "prod"):
         bits(f"{name} in twos", name, x, -1)
-    bits("rms_norm on more warps", "rms_norm", x, x[0], 1e-6, x)
+    bits("rms_norm on more warps", "rms_norm", x, x[0], 1e-6, x, None)
 row_launch.plan = real
 bits("group_norm", "group_norm", draw(2, 6, 40), 3, draw(6), draw(6), 1e-5)
 bits("columns", "sum", draw(9000, 16), 0)
