@@ -25,9 +25,11 @@ from batch_invariant.ops.norm import (
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 from batch_invariant_cuda import segments
 from batch_invariant_cuda.norm_kernels import held, held_sums, segment, walked
+from batch_invariant_cuda.norm_resident import WARPS, resident
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import CENTRED_RSTD, MEAN, RSTD, TERM_OF
-from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
+from batch_invariant_cuda.resident import place_of
+from batch_invariant_cuda.row_launch import LONG_WARPS, Calls, Plan, is_long, plan_of
 
 
 def _parameter(p: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -128,9 +130,17 @@ def _launch(
     centred, summed = mean is not None, residual is not None
     affine = (weight is not None, bias is not None, groups > 0)
     static: tuple[Any, ...]
+    place = None
+    if not (centred or summed or affine[1]) and size == n:
+        place = place_of(x, shape)
+    if place is not None:
+        programs, *held_parts = place
+        long = (n // shape.unit, rows, float(n), eps)
+        return resident, (programs, tensors, long, (affine[0], *held_parts, WARPS), WARPS)
     if not shape.tiles:
         static = (centred, summed, *affine, shape.unit)
-        return walked, (rows, tensors, numbers, static, shape.warps, shape.wide)
+        warps = LONG_WARPS if summed and is_long(n, shape) else shape.warps
+        return walked, (rows, tensors, numbers, static, warps, shape.wide)
     plan = (shape.width, shape.parts, shape.tiles, shape.full, shape.unit)
     # A row on many warps waits for its parts: what comes after the sum is fetched before it.
     static = (centred, summed, size != n, *affine, *plan, shape.warps == 16)

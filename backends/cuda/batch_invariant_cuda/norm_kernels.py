@@ -30,11 +30,16 @@ _DEPTH = tl.constexpr(SEGMENT // LANES)
 
 
 @triton.jit
-def _load_sum(x, residual, at, there, RESIDUAL: tl.constexpr):
-    """Elements of x, or of x + residual, in fp32."""
-    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+def _load_sum(x, residual, at, there, RESIDUAL: tl.constexpr, AGAIN: tl.constexpr):
+    """Elements of x, or of x + residual, in fp32.
+
+    AGAIN: for the second time. The cache is told so where it has two tensors to keep.
+    """
+    hint: tl.constexpr = ("evict_first" if AGAIN else "evict_last") if RESIDUAL else ""
+    v = tl.load(x + at, mask=there, other=0.0, eviction_policy=hint).to(tl.float32)
     if RESIDUAL:
-        v = v + tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+        other = tl.load(residual + at, mask=there, other=0.0, eviction_policy=hint)
+        v = v + other.to(tl.float32)
     return v
 
 
@@ -61,11 +66,24 @@ def _affine(
 
 
 @triton.jit
-def _parameter(p, first, column, there, spatial, GIVEN: tl.constexpr, GROUPED: tl.constexpr):
-    """Elements of a weight or bias; `first` is a group's first channel where GROUPED."""
+def _parameter(
+    p,
+    first,
+    column,
+    there,
+    spatial,
+    GIVEN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    KEPT: tl.constexpr = False,
+):
+    """Elements of a weight or bias; `first` is a group's first channel where GROUPED.
+
+    KEPT: the cache is told to keep them.
+    """
     at = first + column // spatial if GROUPED else column
     if GIVEN:
-        return tl.load(p + at, mask=there, other=0.0)
+        hint: tl.constexpr = "evict_last" if KEPT else ""
+        return tl.load(p + at, mask=there, other=0.0, eviction_policy=hint)
     else:  # noqa: RET505  (Triton compiles what follows a plain return)
         return 0.0
 
@@ -95,20 +113,44 @@ def _held_parameter(
 
 
 @triton.jit
+def _segment_squares(
+    x,
+    residual,
+    at,
+    columns,
+    left,
+    mean,
+    CENTRED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The lanes of a segment of which the first `left` elements exist, or WHOLE all."""
+    part = tl.zeros((_LANES,), tl.float32)
+    for t in tl.static_range(_DEPTH):
+        column = t * _LANES + columns
+        there = column >= 0 if WHOLE else column < left
+        v = _load_sum(x, residual, at + column, there, RESIDUAL, False)
+        if CENTRED:
+            v = v - mean
+        part += v * v if WHOLE else tl.where(there, v * v, 0.0)
+    return part
+
+
+@triton.jit
 def _walked_squares(
     x, residual, at, columns, n, mean, CENTRED: tl.constexpr, RESIDUAL: tl.constexpr
 ):
     """The lanes of squares, or of squared differences, of the first n elements of a row."""
     lanes = tl.zeros((_LANES,), tl.float32)
-    for start in tl.range(0, n, _SEGMENT):
-        part = tl.zeros((_LANES,), tl.float32)
-        for t in tl.static_range(_DEPTH):
-            column = start + t * _LANES + columns
-            v = _load_sum(x, residual, at + column, column < n, RESIDUAL)
-            if CENTRED:
-                v = v - mean
-            part += tl.where(column < n, v * v, 0.0)
-        lanes += part
+    whole = n // _SEGMENT * _SEGMENT
+    for start in tl.range(0, whole, _SEGMENT):
+        lanes += _segment_squares(
+            x, residual, at + start, columns, _SEGMENT, mean, CENTRED, RESIDUAL, True
+        )
+    if whole < n:
+        lanes += _segment_squares(
+            x, residual, at + whole, columns, n - whole, mean, CENTRED, RESIDUAL, False
+        )
     return lanes
 
 
@@ -224,18 +266,20 @@ def _walked_kernel(
     rstd = finished(total, total, size, eps, RSTD)
     if CENTRED:
         tl.store(rstd_out + row, rounded(rstd, tl.float32))
+    streamed: tl.constexpr = ".cs" if RESIDUAL else ""
     last = (n - 1) // _SEGMENT * _SEGMENT
     for back in tl.range(0, n, _SEGMENT):  # from the end, which the cache still has
         column = last - back + tl.arange(0, _SEGMENT)
         there = column < n
-        v = _load_sum(x, residual, at + column, there, RESIDUAL)
-        w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED)
+        v = _load_sum(x, residual, at + column, there, RESIDUAL, True)
+        w = _parameter(weight, first, column, there, spatial, WEIGHT, GROUPED, RESIDUAL)
         b = _parameter(bias, first, column, there, spatial, BIAS, GROUPED)
         y = _affine(v, mean, rstd, w, b, CENTRED, WEIGHT, BIAS)
-        tl.store(out + at + column, rounded(y, out.dtype.element_ty), mask=there)
+        y = rounded(y, out.dtype.element_ty)
+        tl.store(out + at + column, y, mask=there, cache_modifier=streamed)
         if RESIDUAL:
             s = rounded(v, out.dtype.element_ty)
-            tl.store(total_out + at + column, s, mask=there)
+            tl.store(total_out + at + column, s, mask=there, cache_modifier=streamed)
 
 
 @triton.jit(do_not_specialize=["n_units", "count", "groups", "spatial"])

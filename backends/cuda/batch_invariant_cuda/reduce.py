@@ -41,7 +41,14 @@ from batch_invariant_cuda.reduce_ops import (
     last_term,
     needs_mean,
 )
-from batch_invariant_cuda.row_launch import Calls, Plan, RowKernel, plan_of
+from batch_invariant_cuda.row_launch import (
+    LONG_WARPS,
+    Calls,
+    Plan,
+    RowKernel,
+    is_long,
+    plan_of,
+)
 from batch_invariant_cuda.rows import (
     FEW,
     FEW_SEGMENTS,
@@ -57,6 +64,7 @@ from batch_invariant_cuda.rows import (
 )
 
 _LANES = tl.constexpr(LANES)
+_SINGLE_PASS = {op.value for op in (SUM, MEAN, PROD, NORM0, NORM1, NORM2, MEAN_SQUARE)}
 
 
 @triton.jit(do_not_specialize=["n_units", "size", "divisor"])
@@ -72,6 +80,7 @@ def _reduce_kernel(
     T: tl.constexpr,
     FULL: tl.constexpr,
     UNIT: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     take_turn()
     n = n_units * UNIT
@@ -92,7 +101,8 @@ def _reduce_kernel(
     if needs_mean(OP):
         mean = row_total(tiles, from_, columns, n, shift, P, T, FULL, UNIT, first_term(OP))
         shift = tl.div_rn(mean, size)
-    total = row_total(tiles, from_, columns, n, shift, P, T, FULL, UNIT, last_term(OP))
+    term: tl.constexpr = last_term(OP)
+    total = row_total(tiles, from_, columns, n, shift, P, T, FULL, UNIT, term, LONG)
     y = finished(total, top, size, divisor, OP)
     tl.store(out + row, rounded(y, out.dtype.element_ty))
 
@@ -125,6 +135,7 @@ def _finish_kernel(
 
 
 _reduce = RowKernel(_reduce_kernel, overlaps=FEW.value)
+_long_reduce = RowKernel(_reduce_kernel, overlaps=FEW.value, registers={LONG_WARPS: 64})
 _finish = RowKernel(_finish_kernel, overlaps=FEW_SEGMENTS.value)
 
 
@@ -185,24 +196,23 @@ def reduce_rows(
             return empty[:, 0].to(out_dtype) + 1
         values = {LOGSUMEXP.value: -math.inf}
         return torch.full((rows,), values.get(op, math.nan), dtype=out_dtype, device=x.device)
-    shape = plan_of(x, single_pass=op not in (VAR, STD, LOGSUMEXP))
+    shape = plan_of(x, single_pass=op in _SINGLE_PASS)
     if shape.split:
         return _split_rows(op, x, out_dtype, divisor, shape)
     out = torch.empty(rows, dtype=out_dtype, device=x.device)
-    _reduce(*_launch(op, x, out, divisor, shape))
+    kernel, launch = _launch(op, x, out, divisor, shape)
+    kernel(*launch)
     return out
 
 
 def _launch(op: int, x: torch.Tensor, out: torch.Tensor, divisor: float, shape: Plan) -> Any:
     rows, n = x.shape
-    return (
-        rows,
-        (x, out),
-        (n // shape.unit, float(n), divisor),
-        (op, shape.width, shape.parts, shape.tiles, shape.full, shape.unit),
-        shape.warps,
-        shape.wide,
-    )
+    long = is_long(n, shape) and op in _SINGLE_PASS
+    static = (op, shape.width, shape.parts, shape.tiles, shape.full, shape.unit, long)
+    warps = LONG_WARPS if long else shape.warps
+    numbers = (n // shape.unit, float(n), divisor)
+    kernel = _long_reduce if long else _reduce
+    return kernel, (rows, (x, out), numbers, static, warps, shape.wide)
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -273,7 +283,10 @@ def _repeat(
         return None
     matrix = x.view(-1, x.size(-1))
     shape = plan_of(matrix, single_pass=True)
-    start = None if shape.split else _reduce.repeat(*_launch(op, matrix, out, 0.0, shape))
+    if shape.split:
+        return None
+    kernel, launch = _launch(op, matrix, out, 0.0, shape)
+    start = kernel.repeat(*launch)
     if start is None:
         return None
     size, result = out.shape, out.dtype

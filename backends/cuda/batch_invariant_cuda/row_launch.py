@@ -253,6 +253,15 @@ def plan(rows: int, n: int, processors: int, single_pass: bool, aligned: bool = 
     return Plan(terms, width, lanes // width, full, unit, warps, False)
 
 
+_LONG = 16 * SEGMENT
+LONG_WARPS = 16
+
+
+def is_long(n: int, shape: Plan) -> bool:
+    """Whether rows that are walked are so long that some kernels are faster on LONG_WARPS warps."""
+    return shape.wide and not shape.tiles and n >= _LONG
+
+
 def aligned(*tensors: torch.Tensor | None) -> bool:
     """Whether all begin at multiples of 16 bytes."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)

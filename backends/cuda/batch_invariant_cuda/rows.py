@@ -66,6 +66,25 @@ def take_turn(LIMIT: tl.constexpr = FEW):
 
 
 @triton.jit
+def prefetch(x, size):
+    """Begins to bring `size` bytes from the pointer x on to the L2 cache; none if size <= 0.
+
+    A hint, for GPUs that know it: address and size are multiples of 16.
+    """
+    if _overlaps():
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+            " setp.gt.and.s32 p, $2, 0, p;"
+            " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [x.to(tl.int64), size],
+            tl.int32,
+            False,
+            1,
+        )
+
+
+@triton.jit
 def term(x, shift, TERM: tl.constexpr):
     """What is added up, of elements x, in fp32 and rounded: see the constants above."""
     v = x.to(tl.float32)
@@ -241,15 +260,45 @@ def stepped_lanes(x, columns, left, shift, TERM: tl.constexpr):
 
 
 @triton.jit
-def walked_lanes(x, columns, n, shift, UNIT: tl.constexpr, TERM: tl.constexpr):
+def _two_segments(x, columns, shift, total, TERM: tl.constexpr):
+    """Adds two segments one after another to the lanes `total`; all of both is read first."""
+    tiles = ()
+    for t in tl.static_range(2 * _DEPTH):
+        tiles = tiles + (tl.load(x + t * _LANES + columns),)  # noqa: RUF005
+    for first in tl.static_range(0, 2 * _DEPTH, _DEPTH):
+        part = tl.full(columns.shape, 1.0 if TERM == FACTOR else 0.0, tl.float32)
+        for t in tl.static_range(first, first + _DEPTH):
+            part = combine(part, term(tiles[t], shift, TERM), TERM)
+        total = combine(total, part, TERM)
+    return total
+
+
+@triton.jit
+def walked_lanes(
+    x,
+    columns,
+    n,
+    shift,
+    UNIT: tl.constexpr,
+    TERM: tl.constexpr,
+    IN_TWOS: tl.constexpr = False,
+):
     """The lanes [1024] of one row of any length that begins at the pointer x.
 
     One whose length is no multiple of 16 may be short, so all of a segment is read at once.
+    IN_TWOS: all of two segments, for more bytes on their way.
     """
     total = tl.full(columns.shape, 1.0 if TERM == FACTOR else 0.0, tl.float32)
     if TERM == EXPONENTIAL:
         for start in tl.range(0, n, _SEGMENT):
             v = stepped_lanes(x + start, columns, n - start, shift, TERM)
+            total = combine(total, v, TERM)
+    elif IN_TWOS:
+        pairs = n // (2 * _SEGMENT) * (2 * _SEGMENT)
+        for start in tl.range(0, pairs, 2 * _SEGMENT):
+            total = _two_segments(x + start, columns, shift, total, TERM)
+        for start in tl.range(pairs, n, _SEGMENT):
+            v = segment_lanes(x + start, columns, n - start, shift, False, TERM)
             total = combine(total, v, TERM)
     elif UNIT == 1:
         for start in tl.range(0, n, _SEGMENT):
@@ -279,12 +328,13 @@ def row_total(
     FULL: tl.constexpr,
     UNIT: tl.constexpr,
     TERM: tl.constexpr,
+    IN_TWOS: tl.constexpr = False,
 ):
     """The total of the terms of a row, held or walked, that begins at the pointer x."""
     if T > 0:
         lanes = held_lanes(tiles, columns, n, shift, P, T, FULL, TERM)
     else:
-        lanes = walked_lanes(x, columns, n, shift, UNIT, TERM)
+        lanes = walked_lanes(x, columns, n, shift, UNIT, TERM, IN_TWOS)
     return fold(lanes, TERM)
 
 

@@ -25,7 +25,7 @@ from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import EXP_SUM, LOG_EXP_SUM, TERM_OF
 from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
 from batch_invariant_cuda.softmax_kernels import backward, held, segment, walked
-from batch_invariant_cuda.softmax_resident import WARPS, place_of, resident
+from batch_invariant_cuda.softmax_resident import resident
 
 
 def _split_rows(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> None:
@@ -62,10 +62,9 @@ def softmax_rows(log: bool, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Te
 
 def _launch(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
     rows, n = x.shape
-    place = place_of(x, shape)
-    if place is not None:
-        programs, sizes = place
-        return resident, (programs, (x, out), (n // shape.unit, rows), (log, *sizes), WARPS)
+    found = resident(log, x, out, shape)
+    if found is not None:
+        return found
     if not shape.tiles:
         tail = ((log, shape.unit), shape.warps, shape.wide)
         return walked, (rows, (x, out), (n // shape.unit,), *tail)

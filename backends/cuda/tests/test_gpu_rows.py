@@ -28,11 +28,13 @@ from batch_invariant_cuda import (  # noqa: E402
     elementwise,
     embedding,
     norm,
+    norm_resident,
     reduce,
     row_launch,
     scan,
     select,
     softmax,
+    softmax_resident,
 )
 
 FAMILIES = (reduce, softmax, norm, scan, select, embedding, elementwise, attention)
@@ -82,6 +84,9 @@ CALLS: dict[str, tuple[str, Call]] = {
     "softmax_backward": ("softmax_backward", lambda f, x, y, w: f(x, y, -1, x.dtype)),
     "log_softmax_backward": ("log_softmax_backward", lambda f, x, y, w: f(x, y, -1, x.dtype)),
     "rms_norm": ("rms_norm", lambda f, x, y, w: f(x, w, 1e-6, None, None)),
+    "rms_norm without weight": ("rms_norm", lambda f, x, y, w: f(x, None, 1e-6, None, None)),
+    "rms_norm fp32 weight": ("rms_norm", lambda f, x, y, w: f(x, w.float(), 1e-6, None, None)),
+    "rms_norm residual and weight": ("rms_norm", lambda f, x, y, w: f(x, w, 1e-6, y, None)),
     "rms_norm residual": ("rms_norm", lambda f, x, y, w: f(x, None, 1e-6, y, None)),
     "rms_norm partial": (
         "rms_norm",
@@ -140,19 +145,70 @@ def test_a_row_on_many_programs_has_the_bits_of_one(
         family._calls.forget()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("label", ["softmax", "log_softmax", "log_softmax to fp32", "rms_norm"])
-def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
-    """More rows than programs, held on chip, rows for the slow parts of exp among them."""
+def differing_of_many(label: str, dtype: torch.dtype, n: int, times: int) -> list[str]:
+    """A dozen rows of all kinds, as often as that: those for the slow parts of exp among others."""
     name, call = CALLS[label]
-    for n in (107536, 128256, 151936, 155648):
-        x = torch.cat([data(kind, 3, n, dtype) for kind in KINDS])
-        w = data("normal", 1, n, dtype)[0]
-        on_cpu = tensors(call(CPU[name].fn, x, x, w))
-        on_gpu = tensors(call(GPU[name].fn, *(v.cuda() for v in (x.repeat(30, 1), x, w))))
-        for c, g in zip(on_cpu, on_gpu, strict=True):
-            if c.numel():
-                assert mismatch(c.repeat(30, 1), g.cpu()) is None, n
+    x = torch.cat([data(kind, 3, n, dtype) for kind in KINDS])
+    y, w = x.flip(0), data("normal", 1, n, dtype)[0]
+    on_cpu = tensors(call(CPU[name].fn, x, y, w))
+    many = (x.repeat(times, 1).cuda(), y.repeat(times, 1).cuda(), w.cuda())
+    on_gpu = tensors(call(GPU[name].fn, *many))
+    pairs = [(c, g) for c, g in zip(on_cpu, on_gpu, strict=True) if c.numel()]
+    found = [mismatch(c.repeat(times, *[1] * (c.dim() - 1)), g.cpu()) for c, g in pairs]
+    return [f"{n}: {m}" for m in found if m is not None]
+
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+SOFTMAXES = ["softmax", "log_softmax", "log_softmax to fp32"]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize(
+    "label",
+    [
+        *SOFTMAXES,
+        *("rms_norm", "rms_norm without weight", "rms_norm fp32 weight"),
+        *("rms_norm residual and weight", "rms_norm partial"),
+    ],
+)
+def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
+    """More rows than programs, held on chip where there is room."""
+    for n in (107536, 114000, 128256, 151936, 155648):
+        assert not differing_of_many(label, dtype, n, 30), n
+    if label in ("rms_norm", "rms_norm without weight", "rms_norm fp32 weight"):
+        assert norm_resident.resident._compiled
+    if label in SOFTMAXES:
+        assert softmax_resident._long._compiled
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("label", SOFTMAXES)
+def test_short_rows_in_registers_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
+    """Few rows on many warps, and many on fewer."""
+    for n in (2064, 4096, 14336):
+        assert not differing_of_many(label, dtype, n, 1), n
+    for n in (4112, 8208, 14336, 16384):
+        assert not differing_of_many(label, dtype, n, 60), n
+    assert softmax_resident._short._compiled
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "label", ["rms_norm", "rms_norm residual and weight", "rms_norm partial", "layer_norm"]
+)
+def test_many_rows_that_are_walked_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
+    for n in (16400, 20011, 24576):
+        assert not differing_of_many(label, dtype, n, 25), n
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("label", ["sum", "sum to fp32", "mean", "prod", "norm", "var"])
+def test_many_long_sums_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
+    """Two segments at once, and an odd number of them."""
+    for n in (131072, 139264, 151936):
+        assert not differing_of_many(label, dtype, n, 25), n
+    if label != "var":
+        assert reduce._long_reduce._compiled
 
 
 def test_another_order_is_seen() -> None:
