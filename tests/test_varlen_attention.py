@@ -366,6 +366,22 @@ def test_gradients_against_finite_differences(options: dict[str, Any]) -> None:
         )
 
 
+def test_what_becomes_of_the_lse_of_a_query_that_sees_nothing_changes_no_gradient() -> None:
+    """logaddexp of two of them has NaN as its gradient."""
+    grads = []
+    for rest in (0.0, math.nan):
+        with torch.enable_grad():
+            leaves = _leaves((1, 3, 2, 4), (1, 2, 2, 4), (1, 2, 2, 4), (2,))
+            sinks = leaves.pop()
+            out, lse = bi.attention(*leaves, causal=True, return_lse=True)
+            _, other = bi.attention(*leaves, sinks=sinks, return_lse=True)
+            weight = torch.tensor([rest, 1.0, 1.0], dtype=lse.dtype)
+            upstream = (torch.ones_like(out), weight.expand_as(lse), torch.ones_like(other))
+            given = (*leaves, sinks)
+            grads.append(torch.autograd.grad((out, lse, other), given, upstream))
+    assert all(same(a, b) for a, b in zip(*grads, strict=True))
+
+
 @every_dtype
 @every_option
 def test_gradients_of_a_sequence_are_its_own(dtype: torch.dtype, options: dict[str, Any]) -> None:

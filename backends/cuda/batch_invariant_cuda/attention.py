@@ -43,7 +43,7 @@ from batch_invariant_cuda.attention_ring import (
     takes_many,
 )
 from batch_invariant_cuda.matmul import PROVED, capability
-from batch_invariant_cuda.row_launch import Calls, multiprocessors
+from batch_invariant_cuda.row_launch import Calls, kind_of, multiprocessors
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 # A call again, with the addresses of q, k, v, out, lse.
@@ -336,7 +336,7 @@ def _kind(tensors: tuple[torch.Tensor, ...], *rest: Any) -> tuple[Any, ...]:
     """All that a call without a mask depends on."""
     return (
         *rest,
-        *((x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15) for x in tensors),
+        *map(kind_of, tensors),
     )
 
 

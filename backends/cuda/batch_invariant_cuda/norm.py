@@ -29,7 +29,7 @@ from batch_invariant_cuda.norm_resident import WARPS, resident
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import CENTRED_RSTD, MEAN, RSTD, TERM_OF
 from batch_invariant_cuda.resident import place_of
-from batch_invariant_cuda.row_launch import LONG_WARPS, Calls, Plan, is_long, plan_of
+from batch_invariant_cuda.row_launch import LONG_WARPS, Calls, Plan, is_long, kind_of, plan_of
 
 
 def _parameter(p: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -151,13 +151,6 @@ def _launch(
 _calls = Calls()
 
 
-def _kind(x: torch.Tensor | None) -> Any:
-    """All of a tensor that a launch depends on."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
-
-
 def _rms_norm(
     input: torch.Tensor,
     weight: torch.Tensor | None,
@@ -165,7 +158,7 @@ def _rms_norm(
     residual: torch.Tensor | None,
     variance_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    key = (_kind(input), _kind(weight), _kind(residual), eps, variance_size)
+    key = (kind_of(input), kind_of(weight), kind_of(residual), eps, variance_size)
     call = _calls.find(key)
     if call is not None:
         found: tuple[torch.Tensor, torch.Tensor] = call(input, weight, residual)

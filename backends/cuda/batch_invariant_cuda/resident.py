@@ -66,7 +66,8 @@ def _rounding(dtype):
 def rounded_pairs(x, to):
     """`rows.rounded` to the 16 bits that the pointer `to` points at, of pairs, in few instructions.
 
-    A NaN comes from the conversion with all bits of its payload set, but for the sign.
+    A NaN comes from the conversion with all bits of its payload set, but for the sign. It needs
+    compute capability 9.0, as all GPUs have that find room for long rows.
     """
     steps: gl.constexpr = _rounding(to.dtype.element_ty)
     return gl.inline_asm_elementwise(steps, "=r,r,r", [x], to.dtype.element_ty, True, 2)

@@ -163,10 +163,18 @@ class RowKernel:
         return start
 
 
+def kind_of(x: torch.Tensor | None) -> Any:
+    """All of a tensor that a launch depends on."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
+
+
 class Calls:
     """What to do for calls of a kind that was seen before, by all that their launch depends on."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _CALLS_KEPT) -> None:
+        self._most = most
         self._known: dict[Any, Callable[..., Any]] = {}
 
     def find(self, key: Any) -> Callable[..., Any] | None:
@@ -174,7 +182,7 @@ class Calls:
         return None if knobs.runtime.launch_enter_hook.calls else self._known.get(key)
 
     def keep(self, key: Any, call: Callable[..., Any]) -> None:
-        if len(self._known) >= _CALLS_KEPT:
+        if len(self._known) >= self._most:
             self._known.clear()
         self._known[key] = call
 

@@ -271,9 +271,9 @@ def _short_kernel(
         _short_row(tiles, to, columns, n, top, LOG, T, WARPS, False)
 
 
-_LONG_WARPS = 16
+_WARPS = 16
 
-_long = RowKernel(_long_kernel, overlaps=rows.FEW.value, registers={_LONG_WARPS: 128})
+_long = RowKernel(_long_kernel, overlaps=rows.FEW.value, registers={_WARPS: 128})
 _short = RowKernel(_short_kernel, overlaps=rows.FEW.value, registers={8: 80, 16: 128})
 
 
@@ -283,8 +283,8 @@ def resident(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
     place = place_of(x, shape)
     if place is not None:
         programs, *held = place
-        static = (log, *held, _LONG_WARPS)
-        return _long, (programs, (x, out), (n // shape.unit, count), static, _LONG_WARPS)
+        static = (log, *held, _WARPS)
+        return _long, (programs, (x, out), (n // shape.unit, count), static, _WARPS)
     if x.element_size() != 2 or not x.is_cuda or shape.unit == 1 or not shape.tiles:
         return None
     processors = multiprocessors(x.device.index)

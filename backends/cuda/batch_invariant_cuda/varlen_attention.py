@@ -1,4 +1,4 @@
-"""Attention over sequences on CUDA: dense, packed or in pages; which kernel, which tile.
+"""Attention over sequences on CUDA: dense, packed or in pages; which kernel.
 
 Lengths stay on the device: nothing waits for them, and the kernels clamp them to the tensors.
 """
@@ -6,7 +6,6 @@ Lengths stay on the device: nothing waits for them, and the kernels clamp them t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from batch_invariant.order import serial, undeclared
 from batch_invariant_cuda.attention import KERNELS as DENSE
 from batch_invariant_cuda.attention import refusal
 from batch_invariant_cuda.attention_merge import BLOCK
-from batch_invariant_cuda.row_launch import Calls
+from batch_invariant_cuda.row_launch import Calls, kind_of
 from batch_invariant_cuda.varlen_call import Call
 from batch_invariant_cuda.varlen_ring import (
     few_rows,
@@ -60,7 +59,7 @@ def _attention(
 ) -> Pair:
     layout = Layout(cu_seqlens_q, cu_seqlens_k, seq_lens, left_pad, block_table)
     given = (query, key, value, sinks, *layout)
-    kind = (causal, scale, window, soft_cap, *(None if x is None else _kind(x) for x in given))
+    kind = (causal, scale, window, soft_cap, *map(kind_of, given))
     if (known := _calls.find(kind)) is not None:
         found: Pair = known(given)
         return found
@@ -89,6 +88,8 @@ def _attention(
     if by <= 0:
         q, by = (q * 0, 1.0) if by == 0 else (-q, -by)
     sinks = None if sinks is None else sinks.contiguous()
+    if window is not None:  # longer than any sequence, and what the kernels' int32 bears
+        window = min(window, 2**30)
     if out.numel() or lse.numel():
         call = Call(q, k, v, sinks, layout, out, lse, causal, by, window, soft_cap)
         again, used = _launch(call), call.tensors[: len(given)]
@@ -100,13 +101,8 @@ def _attention(
     return out, lse
 
 
-_calls = Calls()
+_calls = Calls(512)  # packed calls with new numbers of tokens are new kinds
 forget = _calls.forget
-
-
-def _kind(x: torch.Tensor) -> tuple[Any, ...]:
-    """All of a tensor that the launches of a call depend on."""
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
 
 
 def _repeat(again: Again, out: torch.Tensor, lse: torch.Tensor) -> Callable[..., Pair]:
@@ -153,21 +149,24 @@ def _launch(call: Call) -> Again | None:
         runs = runs_of(few_tiles(call)[1] * call.k.size(-2), seen, processors(call))
         parts = parts_of(call) if runs > 1 else None
         start = few_rows(call, parts, runs)
-        return _folded(start, None if parts is None else (parts, merge(call, parts)))
+        return _alone(start) if parts is None else _folded(start, merge(call, parts), parts)
     if takes_many(call):
         odd, start = many_rows(call)
-        fix = None if odd is None else (odd, mend(call, odd, call.blocks, odd.numel()))
-        return _mended(start, fix)
+        if odd is None:
+            return _alone(start)
+        return _mended(start, mend(call, odd, call.blocks, odd.numel()), odd)
     in_blocks(call)
     return None
 
 
-def _folded(start: Again | None, more: tuple[torch.Tensor, Again | None] | None) -> Again | None:
+def _alone(start: Again | None) -> Again | None:
+    """A launch that leaves nothing for another."""
+    return None if start is None else lambda *addresses: start(*addresses, None)
+
+
+def _folded(start: Again | None, fold: Again | None, parts: torch.Tensor) -> Again | None:
     """Few rows, and their parts merged."""
-    if start is None or more is None:
-        return None if start is None else lambda *addresses: start(*addresses, None)
-    parts, fold = more
-    if fold is None:
+    if start is None or fold is None:
         return None
     room, device = parts.numel(), parts.device
 
@@ -180,12 +179,9 @@ def _folded(start: Again | None, more: tuple[torch.Tensor, Again | None] | None)
     return again
 
 
-def _mended(start: Again | None, more: tuple[torch.Tensor, Again | None] | None) -> Again | None:
+def _mended(start: Again | None, fix: Again | None, odd: torch.Tensor) -> Again | None:
     """Many rows, and once more where that left a mark."""
-    if start is None or more is None:
-        return None if start is None else lambda *addresses: start(*addresses, None)
-    odd, fix = more
-    if fix is None:
+    if start is None or fix is None:
         return None
     count, device = odd.numel(), odd.device
 

@@ -18,9 +18,11 @@ from batch_invariant_cuda import (
     launch,
     matmul,
     norm,
+    norm_resident,
     reduce,
     row_launch,
     softmax,
+    softmax_resident,
     varlen_attention,
     varlen_tiles,
 )
@@ -79,6 +81,22 @@ def rows(n: int) -> None:
     reduce.KERNELS["sum"].fn(x, [-1], False)
 
 
+def rows_in_registers() -> None:
+    x = torch.zeros(4, 14336, dtype=torch.bfloat16)
+    for warps in (8, 16):
+        softmax_resident._short(4, (x, x), (14336 // 16, PROCESSORS), (False, 14, warps), warps)
+
+
+def rows_on_chip() -> None:
+    """For GPUs with 227 KiB of shared memory for a program."""
+    x = torch.zeros(4, 151936, dtype=torch.bfloat16)
+    held = (13, 45)
+    softmax_resident._long(4, (x, x), (151936 // 16, 4), (False, *held, 16), 16)
+    tensors = (x, None, x[0], None, x, None, None, None)
+    numbers = (151936 // 16, 4, 151936.0, 1e-6)
+    norm_resident.resident(4, tensors, numbers, (True, *held, norm_resident.WARPS), 8)
+
+
 def attend(size: int, dtype: torch.dtype) -> None:
     k = torch.zeros(2, 2, 700, size, dtype=dtype)
     for length in (1, 700):
@@ -113,3 +131,6 @@ for dtype in (torch.bfloat16, torch.float32):
         attend(size, dtype)
 for n in (1000, 4096, 151936):
     rows(n)
+rows_in_registers()
+if capability[0] in (9, 10):
+    rows_on_chip()

@@ -145,6 +145,16 @@ def test_a_row_on_many_programs_has_the_bits_of_one(
         family._calls.forget()
 
 
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that have compiled nothing, so that a test sees whether its calls take them."""
+    for family in (norm, reduce, softmax):
+        family._calls.forget()
+    held = (norm_resident.resident, softmax_resident._long, softmax_resident._short)
+    for kernel in (*held, reduce._long_reduce):
+        monkeypatch.setattr(kernel, "_compiled", {})
+
+
 def differing_of_many(label: str, dtype: torch.dtype, n: int, times: int) -> list[str]:
     """A dozen rows of all kinds, as often as that: those for the slow parts of exp among others."""
     name, call = CALLS[label]
@@ -162,6 +172,7 @@ SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 SOFTMAXES = ["softmax", "log_softmax", "log_softmax to fp32"]
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize(
     "label",
@@ -181,15 +192,18 @@ def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype)
         assert softmax_resident._long._compiled
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("label", SOFTMAXES)
 def test_short_rows_in_registers_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
     """Few rows on many warps, and many on fewer."""
     for n in (2064, 4096, 14336):
         assert not differing_of_many(label, dtype, n, 1), n
+    assert softmax_resident._short._compiled
+    softmax_resident._short._compiled.clear()
     for n in (4112, 8208, 14336, 16384):
         assert not differing_of_many(label, dtype, n, 60), n
-    assert softmax_resident._short._compiled
+    assert bool(softmax_resident._short._compiled) == (label != "log_softmax to fp32")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -201,6 +215,7 @@ def test_many_rows_that_are_walked_have_the_bits_of_the_cpu(label: str, dtype: t
         assert not differing_of_many(label, dtype, n, 25), n
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("label", ["sum", "sum to fp32", "mean", "prod", "norm", "var"])
 def test_many_long_sums_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:

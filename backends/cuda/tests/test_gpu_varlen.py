@@ -205,9 +205,16 @@ class Routes:
         self.taken.clear()
         found = call(GPU, *tensors, **options)
         assert self.taken == [expected]
-        # A call that was kept asks nobody for its route.
-        again = once_more(GPU, *(x.clone() for x in tensors), **options)
+        # A call that was kept asks nobody for its route; it must not read the tensors of the first.
+        copies = [x.clone() for x in tensors]
+        for x in tensors:
+            x.neg_()
+        again = once_more(
+            GPU, *copies, **{n: x.clone() if torch.is_tensor(x) else x for n, x in options.items()}
+        )
         self.kept = self.taken == [expected]
+        for x in tensors:
+            x.neg_()
         self.closed = True
         other = call(GPU, *tensors, **options)
         self.closed = False

@@ -135,8 +135,8 @@ def _of_sequence(
         weights = torch.where(seen(scores, part.offset, window), weights, 0)
     g_value = matmul(weights.mT, grad)
     delta = sum(grad * out, -1, True)
-    if grad_lse is not None:
-        delta = delta - grad_lse[..., None]
+    if grad_lse is not None:  # the lse of a query that sees nothing is constant
+        delta = delta - torch.where(lse.isinf(), 0, grad_lse)[..., None]
     g_scores = weights * (matmul(grad, v.mT) - delta)
     if slope is not None:
         g_scores = g_scores * slope
