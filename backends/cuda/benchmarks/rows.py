@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +143,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python backends/cuda/benchmarks/rows.py --json docs/benchmarks/cuda_rows.json",
         "points": points,
         "host": host,
         "cumsum": chains,
