@@ -50,7 +50,8 @@ class Kernel:
     def __init__(self, name: str, launches: Launches) -> None:
         self.name, self.launches = name, launches
 
-    def __call__(self, programs: int, tensors: tuple[Any, ...], *_: Any) -> None:
+    def __call__(self, programs: int, tensors: tuple[Any, ...], numbers: Any, *_: Any) -> None:
+        assert max(numbers) < 2**31, "the kernels' numbers are int32"
         self.launches.found.append((self.name, _addresses(tensors)))
 
     def repeat(self, programs: int, tensors: tuple[Any, ...], *_: Any) -> Any:
@@ -60,7 +61,8 @@ class Kernel:
 class Described(Kernel):
     """As `attention_ring.DescribedKernel`."""
 
-    def __call__(self, programs: int, described: Any, tensors: Any, *_: Any) -> Any:  # type: ignore[override]
+    def __call__(self, programs: int, described: Any, tensors: Any, numbers: Any, *_: Any) -> Any:  # type: ignore[override]
+        assert max(numbers) < 2**31, "the kernels' numbers are int32"
         every = (*(x.base for x in described), *tensors)
         self.launches.found.append((self.name, _addresses(every)))
         return self.launches.start(self.name, len(every))
