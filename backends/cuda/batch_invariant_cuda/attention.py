@@ -42,6 +42,7 @@ from batch_invariant_cuda.attention_ring import (
     takes_few,
     takes_many,
 )
+from batch_invariant_cuda.attention_step import ROWS, rows_of_tile
 from batch_invariant_cuda.matmul import PROVED, capability
 from batch_invariant_cuda.row_launch import Calls, kind_of, multiprocessors
 
@@ -50,7 +51,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Again = Callable[[int, int, int, int, int], None]
 
 _WIDEST = 256  # head size whose tiles still fit
-_LONG = 32  # blocks of keys; fewer are done before the buffers of a multiprocessor matter
+_LONG = 16  # blocks of keys; fewer are done before the buffers of a multiprocessor matter
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
@@ -141,12 +142,13 @@ def run_of(tiles: int, blocks: int, processors: int) -> int:
     return -(-blocks // max(1, min(blocks, 2 * processors // max(tiles, 1))))
 
 
-def fill(tiles: int, blocks: int, processors: int) -> bool:
-    """Whether tiles of few rows, a multiprocessor for each, keep the memory busy without runs.
+def fill(tiles: int, rows: int, blocks: int, processors: int) -> bool:
+    """Whether tiles of so many rows, a multiprocessor for each, are faster than in runs.
 
     Each then has all buffers of its multiprocessor, and leaves no parts in memory.
     """
-    return 4 * processors <= 5 * tiles <= 5 * processors and blocks >= _LONG
+    least = 0.45 if rows < ROWS else 0.53
+    return least * processors <= tiles <= processors and blocks >= _LONG
 
 
 def _parts(q: torch.Tensor, blocks: int, v_size: int) -> torch.Tensor:
@@ -191,18 +193,20 @@ def _few(
     """A few rows that attend to all keys, on Hopper."""
     blocks = -(-k.size(2) // BLOCK)
     tiles, processors = q.size(0) * k.size(1), multiprocessors(q.device.index)
-    alone = fill(tiles, blocks, processors)
+    shared = q.size(2) * q.size(1) // k.size(1)
+    alone = fill(tiles, rows_of_tile(shared), blocks, processors)
     run = blocks if alone else run_of(tiles, blocks, processors)
     parts = _parts(q, blocks, v.size(3)) if run < blocks else None
     start = few_rows(q, k, v, out, lse, parts, run, alone, factor)
     fold = _combine(parts, out, lse, False, run - 1)
     if start is None or (parts is not None and fold is None):
         return None
+    none = () if alone else (None,)
     room, device = 0 if parts is None else parts.numel(), q.device
 
     def again(q: int, k: int, v: int, out: int, lse: int) -> None:
         if fold is None:
-            start(k, v, q, out, lse, None)
+            start(k, v, q, out, lse, *none)
             return
         parts = torch.empty(room, dtype=torch.float32, device=device)
         start(k, v, q, out, lse, parts.data_ptr())

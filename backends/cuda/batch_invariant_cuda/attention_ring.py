@@ -10,8 +10,10 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
+from batch_invariant_cuda.attention_alone import SLOTS as ALONE_SLOTS
+from batch_invariant_cuda.attention_alone import attention_alone
 from batch_invariant_cuda.attention_hopper import KEYS, ROWS, attention_ring
-from batch_invariant_cuda.attention_step import ALL_SLOTS, SLOTS, attention_step
+from batch_invariant_cuda.attention_step import SLOTS, attention_step, rows_of_tile
 from batch_invariant_cuda.launch import DTYPES
 from batch_invariant_cuda.plan import Maps, launcher
 from batch_invariant_cuda.row_launch import multiprocessors
@@ -135,9 +137,10 @@ class DescribedKernel:
 
 
 @cache
-def _kernels() -> tuple[DescribedKernel, DescribedKernel]:
-    """For many rows, for few: compiled code is looked up once in a process."""
-    return DescribedKernel(attention_ring), DescribedKernel(attention_step, overlaps=True)
+def _kernels() -> tuple[DescribedKernel, DescribedKernel, DescribedKernel]:
+    """For many rows, for few, for few alone: compiled code is looked up once in a process."""
+    few = (DescribedKernel(fn, overlaps=True) for fn in (attention_step, attention_alone))
+    return DescribedKernel(attention_ring), *few
 
 
 def _programs(q: torch.Tensor) -> int:
@@ -201,18 +204,22 @@ def few_rows(
 ) -> Start | None:
     """Computes `out` and `lse`, or `parts` by runs of so many blocks of keys.
 
-    alone: no two programs share a multiprocessor. And how to do it again, called with the addresses
-    of k, v, q, out, lse and parts.
+    alone: no two programs share a multiprocessor, and there are no runs. And how to do it again,
+    called with the addresses of k, v, q, out, lse and, unless alone, parts.
     """
     batch, heads, rows, size = q.shape
     kv_heads, keys = k.shape[1:3]
     blocks = -(-keys // KEYS)
     runs = -(-blocks // run)
-    steps = (step // 8 if n > 1 else 0 for n, step in zip(q.shape, q.stride()[:3], strict=False))
+    strides = (step // 8 if n > 1 else 0 for n, step in zip(q.shape, q.stride()[:3], strict=False))
+    tile = rows_of_tile(rows * heads // kv_heads)
+    described, sizes = (boxed(k, KEYS), boxed(v, KEYS)), (heads, heads // kv_heads, rows, keys)
+    if alone:
+        return _kernels()[2](
+            batch * kv_heads, described, (q, out, lse), (*sizes, *strides, factor),
+            (size, tile, ALONE_SLOTS * 128 // size),
+        )  # fmt: skip
     return _kernels()[1](
-        batch * kv_heads * runs,
-        (boxed(k, KEYS), boxed(v, KEYS)),
-        (q, out, lse, parts),
-        (heads, heads // kv_heads, rows, keys, blocks, run, runs, *steps, factor),
-        (size, parts is not None, ALL_SLOTS * 128 // size if alone else SLOTS),
-    )
+        batch * kv_heads * runs, described, (q, out, lse, parts),
+        (*sizes, blocks, run, runs, *strides, factor), (size, tile, parts is not None, SLOTS),
+    )  # fmt: skip

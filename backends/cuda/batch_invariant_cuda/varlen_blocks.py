@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, block_sum, has_odd
-from batch_invariant_cuda.attention_merge import BLOCK, LOG2_E, finish, merge, merge_blocks
+from batch_invariant_cuda.attention_merge import (
+    BLOCK,
+    EXTRA,
+    LOG2_E,
+    finish,
+    merge,
+    merge_blocks,
+)
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import FEW, take_turn
 from batch_invariant_cuda.varlen_spans import (
@@ -22,7 +29,7 @@ from batch_invariant_cuda.varlen_spans import (
     walk,
 )
 
-_BLOCK = tl.constexpr(BLOCK)
+_BLOCK, _EXTRA = tl.constexpr(BLOCK), tl.constexpr(EXTRA)
 _INSIDE, _MARK = tl.constexpr(INSIDE), tl.constexpr(MARK)
 
 
@@ -177,7 +184,7 @@ def _tile(
             v_batch, v_page, v_row, scale, cap, DV, CAP, False, CARE, UNIT,
         )  # fmt: skip
         if SPLIT:
-            to = parts + (place * blocks + block) * (v_size + 2)
+            to = parts + (place * blocks + block) * (v_size + _EXTRA)
             tl.store(to[:, None] + dv[None, :], next_acc, mask=there)
             tl.store(to + v_size, next_top, mask=valid)
             tl.store(to + v_size + 1, next_total, mask=valid)
@@ -274,8 +281,10 @@ def _combine_kernel(
     to_block = (high - first + _BLOCK - 1) // _BLOCK
     one, dv = tl.arange(0, 1), tl.program_id(0) % PARTS * PART + tl.arange(0, PART)
     held = dv < v_size
-    mine = parts + task.to(tl.int64) * blocks * (v_size + 2)
-    top, total, acc = merge_blocks(mine, v_size + 2, v_size, from_block, to_block, dv, held, BATCH)
+    mine = parts + task.to(tl.int64) * blocks * (v_size + _EXTRA)
+    top, total, acc = merge_blocks(
+        mine, v_size + _EXTRA, v_size, from_block, to_block, dv, held, BATCH
+    )
     top, total, acc = _with_sink(top, total, acc, sinks, head + one, (b + one * 0) < sequences)
     y, e = finish(top, total, acc)
     to = out + task.to(tl.int64) * v_size + dv[None, :]

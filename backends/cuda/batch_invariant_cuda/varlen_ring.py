@@ -10,7 +10,8 @@ import torch
 from batch_invariant_cuda.attention_hopper import KEYS
 from batch_invariant_cuda.attention_plan import ROWS
 from batch_invariant_cuda.attention_ring import DescribedKernel, boxed, fits
-from batch_invariant_cuda.attention_step import ROWS as FEW_ROWS
+from batch_invariant_cuda.attention_step import ROWS as STEP_ROWS
+from batch_invariant_cuda.attention_step import rows_of_tile
 from batch_invariant_cuda.varlen_call import Call
 from batch_invariant_cuda.varlen_hopper import sequences_ring
 from batch_invariant_cuda.varlen_pages import WIDTH
@@ -52,7 +53,7 @@ def _fits(call: Call) -> bool:
 
 def takes_few(call: Call) -> bool:
     """Whether `few_rows` takes a call."""
-    most = FEW_ROWS if call.packed else _TILES * FEW_ROWS
+    most = STEP_ROWS if call.packed else _TILES * STEP_ROWS
     return call.rows * call.group <= most * call.sequences and _fits(call)
 
 
@@ -71,8 +72,8 @@ def _kernels() -> tuple[DescribedKernel, DescribedKernel]:
 def few_tiles(call: Call) -> tuple[int, int]:
     """Tiles of a head that `few_rows` launches, and how many of them have rows, or so."""
     if call.packed:
-        return call.tokens * call.group // FEW_ROWS + call.sequences + 2, call.sequences
-    tiles = call.sequences * -(-call.queries * call.group // FEW_ROWS)
+        return call.tokens * call.group // STEP_ROWS + call.sequences + 2, call.sequences
+    tiles = call.sequences * -(-call.queries * call.group // STEP_ROWS)
     return tiles, tiles
 
 
@@ -97,7 +98,10 @@ def few_rows(
             *(call.blocks, runs, *call.pages, call.window or 0), *strides[:3], *strides[-4:],
             *call.lse_strides, *call.factors,
         ),
-        (size, box, call.causal, parts is not None, short, _is_page(call), *call.limits),
+        (
+            *(size, STEP_ROWS if call.packed else rows_of_tile(call.queries * call.group), box),
+            *(call.causal, parts is not None, short, _is_page(call), *call.limits),
+        ),
     )  # fmt: skip
     if start is None:
         return None
@@ -117,7 +121,7 @@ def many_rows(call: Call) -> tuple[torch.Tensor | None, Again | None]:
     heads, size = call.q.shape[-2:]
     room = room_for(call.sequences, call.queries, call.tokens, call.packed)
     plan = empty_tiles(room, call.q.device)
-    short = FEW_ROWS // call.group if call.packed else 0
+    short = STEP_ROWS // call.group if call.packed else 0
     shorter = few_rows(call, None, 1, True) if short else None
     layout = call.layout
     listing = (

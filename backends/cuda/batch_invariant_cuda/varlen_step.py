@@ -18,13 +18,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from batch_invariant_cuda.attention_hopper import KEYS
-from batch_invariant_cuda.attention_step import ROWS, SLOTS, _sum, leave
+from batch_invariant_cuda.attention_merge import EXTRA
+from batch_invariant_cuda.attention_step import (
+    SLOTS,
+    buffers,
+    leave,
+    scores_layout,
+    store_weights,
+    sum_of,
+)
 from batch_invariant_cuda.varlen_pages import blocks_of, boxes, copy_block, pages_of
 from batch_invariant_cuda.varlen_scores import capped, first_block
 
-_ROWS = gl.constexpr(ROWS)
 _KEYS = gl.constexpr(KEYS)
 _SLOTS = gl.constexpr(SLOTS)
+_EXTRA = gl.constexpr(EXTRA)
 _PIECE = gl.constexpr(16)  # rows of values looked at together: more would not fit the registers
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -36,15 +44,17 @@ def _length(lengths, at, most):
 
 
 @gluon.jit
-def _queries(cu_q, tile, sequences, queries, tokens, group, SHORT: gl.constexpr):
+def _queries(
+    cu_q, tile, sequences, queries, tokens, group, SHORT: gl.constexpr, ROWS: gl.constexpr
+):  # fmt: skip
     """As `varlen_spans.sequence_of_tile`, without a loop over dependent loads."""
     if cu_q is None:
-        per = (queries * group + _ROWS - 1) // _ROWS
+        per = (queries * group + ROWS - 1) // ROWS
         return tile // per, tile % per, 0, queries
     elif SHORT:  # noqa: RET505
         begin = _length(cu_q, tile, tokens)
         count = gl.maximum(_length(cu_q, tile + 1, tokens) - begin, 0)
-        return tile, 0, begin, gl.where(count * group > _ROWS, 0, count)
+        return tile, 0, begin, gl.where(count * group > ROWS, 0, count)
     else:
         LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
         lanes = gl.arange(0, 512, LAYOUT)
@@ -52,14 +62,14 @@ def _queries(cu_q, tile, sequences, queries, tokens, group, SHORT: gl.constexpr)
         for begin in range(0, sequences + 1, 512):
             at = begin + lanes
             there = at <= sequences
-            first = gl.load(cu_q + at, mask=there, other=0).to(gl.int64) * group // _ROWS + at
+            first = gl.load(cu_q + at, mask=there, other=0).to(gl.int64) * group // ROWS + at
             found += (there & (first <= tile)).to(gl.int32)
         b = gl.maximum(gl.sum(found, 0) - 1, 0)
         begin = _length(cu_q, b, tokens)
         end = tokens
         if b < sequences:
             end = gl.maximum(_length(cu_q, b + 1, tokens), begin)
-        first = gl.load(cu_q + b).to(gl.int64) * group // _ROWS + b
+        first = gl.load(cu_q + b).to(gl.int64) * group // ROWS + b
         return b, gl.maximum(tile - first, 0).to(gl.int32), begin, end - begin
 
 
@@ -109,8 +119,10 @@ def _careful(
     odd = gl.max(gl.max(strange, 1), 0)
     fence_async_shared()
     gl.thread_barrier()
-    zero = gl.zeros([D, _ROWS], gl.float32, LAYOUT)
-    part = warpgroup_mma(vbuf.permute((1, 0)), pbuf, zero, use_acc=False, is_async=True)
+    zero = gl.zeros([D, part.shape[1]], gl.float32, LAYOUT)
+    part = warpgroup_mma(
+        vbuf.permute((1, 0)), pbuf.permute((1, 0)), zero, use_acc=False, is_async=True
+    )
     part = warpgroup_mma_wait(0, deps=[part])
     if odd != 0:
         index = gl.arange(0, _KEYS, gl.SliceLayout(1, LAYOUT))
@@ -145,23 +157,21 @@ def sequences_step(
     sequences, queries, tokens, heads, group, capacity, blocks, runs, columns, page_size, pages,
     window, q_batch, q_head, q_row, v_batch, v_page, v_head, v_row, lse_batch, lse_head,
     scale: gl.float32, cap: gl.float32,
-    D: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    SHORT: gl.constexpr, ONE: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr,
+    SPLIT: gl.constexpr, SHORT: gl.constexpr, ONE: gl.constexpr, WINDOW: gl.constexpr,
+    CAP: gl.constexpr,
 ):  # fmt: skip
     """One tile; SPLIT: one of `runs` runs of its blocks. Strides of q and v come divided by 8.
 
     SHORT: packed sequences whose queries are one tile, by their number; others are left alone.
     ONE: a box is a page.
     """
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
+    S_LAYOUT: gl.constexpr = scores_layout(ROWS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _ROWS], kd.dtype)
-    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, D], kd.dtype)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     ring = boxes(kd, _SLOTS, D, PAGE)
     held_blocks = blocks_of(ring, _SLOTS, D)
-    pbuf = gl.allocate_shared_memory(kd.dtype, [_KEYS, _ROWS], P_LAYOUT)
-    qbuf = gl.allocate_shared_memory(kd.dtype, [_ROWS, D], Q_LAYOUT)
+    qbuf, pbuf = buffers(kd.dtype, D, ROWS)
     full = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_SLOTS):
         mbarrier.init(full.index(i), count=1)
@@ -170,15 +180,15 @@ def sequences_step(
     kv_heads = heads // group
     kv_head = pair % kv_heads
     b, number, q_begin, queries_here = _queries(
-        cu_q, pair // kv_heads, sequences, queries, tokens, group, SHORT
+        cu_q, pair // kv_heads, sequences, queries, tokens, group, SHORT, ROWS
     )
     first, keys = _keys(cu_k, seq_lens, left_pad, b, sequences, capacity)
     # The keys that row 0 of the sequence sees, and those that some and all rows of the tile do.
     seen = keys
     most = keys
     fewest = keys
-    row_of = number * _ROWS // group
-    until = gl.minimum((number * _ROWS + _ROWS - 1) // group + 1, queries_here)
+    row_of = number * ROWS // group
+    until = gl.minimum((number * ROWS + ROWS - 1) // group + 1, queries_here)
     if CAUSAL:
         seen = keys - queries_here + 1
         most = gl.minimum(keys, seen + until - 1)
@@ -209,7 +219,7 @@ def sequences_step(
         copy_block(
             kd, ring, 2, full, ahead, of, kv_head, first, begin + 1, per, pages, D, PAGE, ONE
         )
-    index = number * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, LOAD))
+    index = number * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
     head = (kv_head * group + index % group).to(gl.int64)
     place = (q_begin + index // group).to(gl.int64)
     start = 0
@@ -221,11 +231,11 @@ def sequences_step(
     qbuf.store(gl.load(q + at[:, None] + d[None, :], mask=there, other=0.0))
     fence_async_shared()
     gl.thread_barrier()
-    index = number * _ROWS + gl.arange(0, _ROWS, COLUMN)
+    index = number * ROWS + gl.arange(0, ROWS, COLUMN)
     row_in = index // group
     head = kv_head * group + index % group
     valid = row_in < queries_here
-    last = gl.full([_ROWS], keys, gl.int32, COLUMN)
+    last = gl.full([ROWS], keys, gl.int32, COLUMN)
     if CAUSAL:
         last = gl.minimum(last, seen + row_in)
     low = last * 0
@@ -233,11 +243,11 @@ def sequences_step(
         low = seen + row_in - window
     place = ((start * queries + q_begin).to(gl.int64) + row_in) * heads + head
     column = gl.arange(0, D, gl.SliceLayout(1, S_LAYOUT))
-    top = gl.full([_ROWS], float("-inf"), gl.float32, COLUMN)
-    total = gl.zeros([_ROWS], gl.float32, COLUMN)
-    acc = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
-    zero = gl.zeros([_KEYS, _ROWS], gl.float32, S_LAYOUT)
-    level = gl.zeros([D, _ROWS], gl.float32, S_LAYOUT)
+    top = gl.full([ROWS], float("-inf"), gl.float32, COLUMN)
+    total = gl.zeros([ROWS], gl.float32, COLUMN)
+    acc = gl.zeros([D, ROWS], gl.float32, S_LAYOUT)
+    zero = gl.zeros([_KEYS, ROWS], gl.float32, S_LAYOUT)
+    level = gl.zeros([D, ROWS], gl.float32, S_LAYOUT)
     v += kv_head.to(gl.int64) * v_head * 8
     by = scale
     if CAP:
@@ -265,16 +275,18 @@ def sequences_step(
         next_top = gl.max(s, 0) * by
         base = gl.where(next_top == float("-inf"), 0.0, next_top)
         p = gl.exp2(s * by - base[None, :])
-        pbuf.store(p.to(kd.dtype))
+        store_weights(p, pbuf)
         fence_async_shared()
-        next_total = gl.convert_layout(_sum(p), COLUMN)
         step += 1
         mbarrier.wait(full.index(step % _SLOTS), step // _SLOTS & 1)
         v_tile = held_blocks.index(step % _SLOTS).reshape([_KEYS, D])
         gl.thread_barrier()
-        part = warpgroup_mma(v_tile.permute((1, 0)), pbuf, level, use_acc=False, is_async=True)
-        highest = gl.maximum(top, next_top)
-        base = gl.where(highest == float("-inf"), 0.0, highest)
+        part = warpgroup_mma(
+            v_tile.permute((1, 0)), pbuf.permute((1, 0)), level, use_acc=False, is_async=True
+        )
+        next_total = sum_of(p)
+        new_top = gl.maximum(top, next_top)
+        base = gl.where(new_top == float("-inf"), 0.0, new_top)
         shrink, share = gl.exp2(top - base), gl.exp2(next_top - base)
         part = warpgroup_mma_wait(0, deps=[part])
         if WINDOW or block * _KEYS + _KEYS > fewest:  # noqa: SIM102  (a look that costs, and what it found)
@@ -291,24 +303,24 @@ def sequences_step(
             )  # fmt: skip
         ahead = later
         if SPLIT:
-            to = parts + (place * blocks + block) * (D + 2)
+            to = parts + (place * blocks + block) * (D + _EXTRA)
             leave(to, next_top, next_total, part, valid)
         else:
             total = gl.fma(next_total, share, total * shrink)
             acc = gl.fma(part, level + share[None, :], acc * shrink[None, :])
-            top = highest
+            top = new_top
     # Not earlier: what is launched while all multiprocessors are full would crowd on few.
     gdc_launch_dependents()
     if not SPLIT:
         if sinks is not None:
             own = valid & (b < sequences)
             sink = gl.load(sinks + head, mask=own, other=float("-inf")).to(gl.float32) * _LOG2_E
-            highest = gl.maximum(top, sink)
-            base = gl.where(highest == float("-inf"), 0.0, highest)
+            new_top = gl.maximum(top, sink)
+            base = gl.where(new_top == float("-inf"), 0.0, new_top)
             shrink, share = gl.exp2(top - base), gl.exp2(sink - base)
             total = gl.fma(gl.where(own, 1.0, 0.0), share, total * shrink)
             acc = gl.fma(level, level + share[None, :], acc * shrink[None, :])
-            top = highest
+            top = new_top
         none = total == 0.0
         share = gl.div_rn(1.0, gl.where(none, 1.0, total))
         e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)

@@ -9,6 +9,7 @@ import torch
 from batch_invariant_cuda.attention import Tile, padded_size, run_of, tile
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, NOBODY
 from batch_invariant_cuda.attention_chains import KEYS
+from batch_invariant_cuda.attention_merge import EXTRA
 from batch_invariant_cuda.row_launch import multiprocessors
 from batch_invariant_cuda.varlen_blocks import combine_sequences, sequences_in_blocks
 from batch_invariant_cuda.varlen_call import Call
@@ -63,7 +64,7 @@ def in_chains(call: Call) -> None:
 
 def parts_of(call: Call) -> torch.Tensor:
     """Room for weighted sum, maximum and sum of each row over each block of keys."""
-    shape = (call.lse.numel(), call.blocks, call.v.size(-1) + 2)
+    shape = (call.lse.numel(), call.blocks, call.v.size(-1) + EXTRA)
     return torch.empty(shape, dtype=torch.float32, device=call.q.device)
 
 

@@ -15,6 +15,7 @@ from triton.runtime import driver
 
 from batch_invariant_cuda import (
     attention,
+    attention_ring,
     launch,
     matmul,
     norm,
@@ -113,7 +114,33 @@ def attend(size: int, dtype: torch.dtype) -> None:
         paged(q, pages, pages, None, *layout, True, None, None, None)
 
 
+def compile_described(
+    self: attention_ring.DescribedKernel, programs: int, described: Any, tensors: Any, numbers: Any,
+    static: Any,
+) -> None:  # fmt: skip
+    """Instead of a launch."""
+    given = (*described, *tensors, *numbers, *static)
+    made = self._fn.warmup(*given, **self._options, grid=(programs,))
+    report(made, self._fn.__name__, *static)
+
+
+def attend_by_bulk_copies(size: int) -> None:
+    k = torch.zeros(2, 2, 700, size, dtype=torch.bfloat16)
+    parts = torch.zeros(4)
+    for rows in (1, 4, 300):
+        q = torch.zeros(2, 8, rows, size, dtype=torch.bfloat16)
+        lse = torch.zeros(2, 8, rows)
+        if rows > 4:
+            attention_ring.many_rows(q, k, k, q, lse, None, None, True, 1.0)
+            continue
+        for split, alone in ((parts, False), (None, False), (None, True)):
+            run = 6 if split is None else 2
+            attention_ring.few_rows(q, k, k, q, lse, split, run, alone, 1.0)
+
+
 driver.set_active(Absent())
+attention_ring.DescribedKernel.__call__ = compile_described
+attention_ring.multiprocessors = lambda device: PROCESSORS
 CompiledKernel._init_handles = lambda self: None
 row_launch.RowKernel.__call__ = compile_rows
 row_launch.RowKernel.repeat = lambda *args, **options: None
@@ -134,3 +161,6 @@ for n in (1000, 4096, 151936):
 rows_in_registers()
 if capability[0] in (9, 10):
     rows_on_chip()
+if capability == (9, 0):
+    for size in (64, 128):
+        attend_by_bulk_copies(size)

@@ -235,15 +235,17 @@ class TestHopper:
         general(monkeypatch)
         assert same(found, attend(q, k, v))
 
-    @pytest.mark.parametrize("keys", [3969, 4096])
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("keys", [1, 127, 129, 300, 3969, 4096])
     def test_a_multiprocessor_for_each_tile_changes_no_bit(
-        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, keys: int
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, rows: int, keys: int
     ) -> None:
         draw = Draw(dtype, size)
-        q, k, v = draw.heads(8, 1), draw.heads(2, keys), draw.values(keys)
+        q, k, v = draw.heads(8, rows), draw.heads(2, keys), draw.values(keys)
         k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
-        assert not attention.fill(4, 32, 132)
-        assert attention.fill(128, 32, 132)
+        assert not attention.fill(4, 8, 32, 132)
+        assert attention.fill(64, 8, 32, 132)
+        assert not attention.fill(64, 16, 32, 132)
         filled = []
         monkeypatch.setattr(attention, "fill", lambda *_: filled.append(True) or True)
         found = attend(q, k, v)
