@@ -51,7 +51,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Again = Callable[[int, int, int, int, int], None]
 
 _WIDEST = 256  # head size whose tiles still fit
-_LONG = 16  # blocks of keys; fewer are done before the buffers of a multiprocessor matter
+_MANY = 16  # blocks of keys
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
@@ -145,10 +145,11 @@ def run_of(tiles: int, blocks: int, processors: int) -> int:
 def fill(tiles: int, rows: int, blocks: int, processors: int) -> bool:
     """Whether tiles of so many rows, a multiprocessor for each, are faster than in runs.
 
-    Each then has all buffers of its multiprocessor, and leaves no parts in memory.
+    Each then has all buffers of its multiprocessor, and leaves no parts in memory. The shares of
+    the multiprocessors are from measurements.
     """
-    least = 0.45 if rows < ROWS else 0.53
-    return least * processors <= tiles <= processors and blocks >= _LONG
+    least = 0.53 if rows == ROWS else 0.42 if blocks >= _MANY else 0.6
+    return least * processors <= tiles <= processors and blocks > 1
 
 
 def _parts(q: torch.Tensor, blocks: int, v_size: int) -> torch.Tensor:
@@ -199,18 +200,43 @@ def _few(
     parts = _parts(q, blocks, v.size(3)) if run < blocks else None
     start = few_rows(q, k, v, out, lse, parts, run, alone, factor)
     fold = _combine(parts, out, lse, False, run - 1)
-    if start is None or (parts is not None and fold is None):
+    if start is None:
         return None
-    none = () if alone else (None,)
-    room, device = 0 if parts is None else parts.numel(), q.device
+
+    def begin(q: int, k: int, v: int, out: int, lse: int, parts: int | None, odd: None) -> None:
+        start(k, v, q, out, lse, *(() if alone else (parts,)))
+
+    return _kept(begin, None, fold, parts, None)
+
+
+def _kept(
+    begin: Callable[..., None],
+    fix: Callable[..., None] | None,
+    fold: Callable[..., None] | None,
+    parts: torch.Tensor | None,
+    odd: torch.Tensor | None,
+) -> Again | None:
+    """A call without a mask again, if all of its launches are known.
+
+    begin: the first; it is also given the addresses of parts and marks. fix: what it marked once
+    more. fold: the rows from their parts.
+    """
+    if (odd is not None and fix is None) or (parts is not None and fold is None):
+        return None
+    rooms = [None if x is None else (x.numel(), x.dtype, x.device) for x in (parts, odd)]
 
     def again(q: int, k: int, v: int, out: int, lse: int) -> None:
-        if fold is None:
-            start(k, v, q, out, lse, *none)
-            return
-        parts = torch.empty(room, dtype=torch.float32, device=device)
-        start(k, v, q, out, lse, parts.data_ptr())
-        fold(parts.data_ptr(), out, lse)
+        parts, odd = (
+            None if room is None else torch.empty(room[0], dtype=room[1], device=room[2])
+            for room in rooms
+        )
+        at = None if parts is None else parts.data_ptr()
+        marks = None if odd is None else odd.data_ptr()
+        begin(q, k, v, out, lse, at, marks)
+        if fix is not None:
+            fix(q, k, v, None, None, out, lse, at, marks, None)
+        if fold is not None:
+            fold(at, out, lse)
 
     return again
 
@@ -275,11 +301,16 @@ def _blocks(
     marked = marks(q) if hopper and cared else 0
     marks_of_all = marked + (tiles if general and care == MARK else 0)
     odd = torch.empty(marks_of_all, dtype=torch.int8, device=q.device) if marks_of_all else None
-    start = None
+    begin: Callable[..., None] | None = None
     if hopper:
         start = many_rows(q, k, v, out, lse, odd if marked else None, plan, is_causal, factor)
-        if not cared:
-            return None if start is None else lambda *addresses: start(*addresses, None, None)
+        if start is not None:
+
+            def begin(
+                q: int, k: int, v: int, out: int, lse: int, parts: None, odd: int | None
+            ) -> None:
+                start(q, k, v, out, lse, odd, None)
+
     numbers = (
         heads, group, rows, keys, size, v_size, per_head, blocks, run,
         *(stride // unit for x in (q, k, v) for stride in x.stride()[:3]), *strides,
@@ -290,31 +321,30 @@ def _blocks(
     tensors = (q, k, v, mask, first, out, lse, parts)
     if general:
         own = None if odd is None else odd[marked:]
-        rest = (*static, care, how.stages, unit)
-        attention_blocks(programs, (*tensors, own, plan), numbers, rest, how.warps)
-    if odd is not None:
         launch = (
+            programs, (*tensors, own, plan), numbers, (*static, care, how.stages, unit), how.warps
+        )  # fmt: skip
+        attention_blocks(*launch)
+        repeated = attention_blocks.repeat(*launch)
+        if not hopper and repeated is not None:
+
+            def begin(
+                q: int, k: int, v: int, out: int, lse: int, parts: int | None, odd: int | None
+            ) -> None:
+                repeated(q, k, v, None, None, out, lse, parts, odd, None)
+
+    fix = None
+    if odd is not None:
+        repair = (
             *(min(tiles, processors), (*tensors, odd, None), (*numbers, odd.numel(), tiles)),
             *((*static, INSIDE, 1, unit), how.warps),
         )
-        mend(*launch)
-        fix = mend.repeat(*launch) if start is not None and mask is None else None
-        if start is not None and fix is not None:
-            return _marked(start, fix, odd)
-    _combine(parts, out, lse, is_causal)
-    return None
-
-
-def _marked(start: Callable[..., None], fix: Callable[..., None], odd: torch.Tensor) -> Again:
-    """Many rows on Hopper, and once more where that left a mark."""
-    count, device = odd.numel(), odd.device
-
-    def again(q: int, k: int, v: int, out: int, lse: int) -> None:
-        odd = torch.empty(count, dtype=torch.int8, device=device)
-        start(q, k, v, out, lse, odd.data_ptr(), None)
-        fix(q, k, v, None, None, out, lse, None, odd.data_ptr(), None)
-
-    return again
+        mend(*repair)
+        fix = mend.repeat(*repair)
+    fold = _combine(parts, out, lse, is_causal)
+    if mask is not None or begin is None:
+        return None
+    return _kept(begin, fix, fold, parts, odd)
 
 
 def _repeat(again: Again, out: torch.Tensor, lse: torch.Tensor) -> Callable[..., Pair]:

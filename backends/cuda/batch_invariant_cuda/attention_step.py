@@ -158,12 +158,12 @@ def finish(out, lse, top, total, acc, batch, kv_head, heads, group, rows):
 
 @gluon.jit
 def leave(to, top, total, acc, valid):
-    """Writes a part."""
+    """Writes a part, which stays in the cache while keys and values pass through it."""
     D: gl.constexpr = acc.shape[0]
     column = gl.arange(0, D, gl.SliceLayout(1, acc.type.layout))
-    gl.store(to[None, :] + column[:, None], acc, mask=valid[None, :])
-    gl.store(to + D, top, mask=valid)
-    gl.store(to + D + 1, total, mask=valid)
+    gl.store(to[None, :] + column[:, None], acc, mask=valid[None, :], eviction_policy="evict_last")
+    gl.store(to + D, top, mask=valid, eviction_policy="evict_last")
+    gl.store(to + D + 1, total, mask=valid, eviction_policy="evict_last")
 
 
 @gluon.jit(

@@ -119,6 +119,27 @@ def general(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "takes_few", lambda *_: False)
 
 
+@pytest.mark.parametrize("size", [40, 64, 128])
+@pytest.mark.parametrize(
+    ("rows", "keys", "causal"),
+    [
+        *((1, 5000, False), (4, 300, False), (3, 9, True), (17, 17, True), (17, 900, False)),
+        *((2, 4000, True), (60, 60, True), (300, 300, True), (300, 700, False)),
+    ],
+)
+def test_a_kept_call_has_the_bits_of_a_first(
+    monkeypatch: pytest.MonkeyPatch, size: int, rows: int, keys: int, causal: bool
+) -> None:
+    draw = Draw(torch.bfloat16, size)
+    attend(draw.heads(8, rows), draw.heads(2, keys), draw.values(keys), causal=causal)
+    q, k, v = draw.heads(8, rows), draw.heads(2, keys), draw.values(keys)
+    k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_blocks", None)
+        kept = GPU(q, k, v, None, 0.0, causal, enable_gqa=True)
+    assert same(kept, attend(q, k, v, causal=causal))
+
+
 @pytest.mark.parametrize("tile", [(16, 4, 2), (64, 8, 1), (128, 8, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["", "bool", "additive", "causal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
