@@ -22,7 +22,7 @@ from batch_invariant_cuda.attention_hopper import KEYS
 from batch_invariant_cuda.attention_step import (
     buffers,
     copy,
-    finish,
+    finish_tile,
     load_queries,
     merge,
     scores_layout,
@@ -60,7 +60,7 @@ def attention_alone(
     gdc_wait()
     for i in gl.static_range(SLOTS):
         copy(kd, vd, ring, full, i, end, batch, kv_head, 0, D, SLOTS)
-    load_queries(q, qbuf, batch, kv_head, group, rows, q_batch, q_head, q_row, D)
+    load_queries(q, qbuf, batch, kv_head, group, rows, q_batch, q_head, q_row)
     fence_async_shared()
     gl.thread_barrier()
     zero = gl.zeros([_KEYS, ROWS], gl.float32, LAYOUT)
@@ -113,4 +113,4 @@ def attention_alone(
         total = next_total
     gdc_launch_dependents()
     all_top, all_total, acc = merge(all_top, all_total, acc, last_top, last_total, last)
-    finish(out, lse, all_top, all_total, acc, batch, kv_head, heads, group, rows)
+    finish_tile(out, lse, all_top, all_total, acc, batch, kv_head, heads, group, rows)

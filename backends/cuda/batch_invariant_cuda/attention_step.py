@@ -73,19 +73,29 @@ def copy(
             tma.async_copy_global_to_shared(vd, at, bar, ring.index(slot))
 
 
+@gluon.constexpr_function
+def rows_layout(width):
+    """Rows of 16-bit numbers, of which a thread loads 16 bytes."""
+    return gl.BlockedLayout([1, 8], [32 * 8 // width, width // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
-def load_queries(
-    q, qbuf, batch, kv_head, group, rows, q_batch, q_head, q_row, D: gl.constexpr
-):  # fmt: skip
-    """The rows of a tile in shared memory; zeros behind them."""
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+def load_rows(at, there, qbuf):
+    """The rows at the pointers `at` [n], or zeros; slices of `rows_layout`."""
+    D: gl.constexpr = qbuf.shape[1]
+    d = gl.arange(0, D, gl.SliceLayout(0, rows_layout(D)))
+    qbuf.store(gl.load(at[:, None] + d[None, :], mask=there[:, None], other=0.0))
+
+
+@gluon.jit
+def load_queries(q, qbuf, batch, kv_head, group, rows, q_batch, q_head, q_row):
+    """The rows of a tile; zeros behind them."""
+    LOAD: gl.constexpr = rows_layout(qbuf.shape[1])
     index = gl.arange(0, qbuf.shape[0], gl.SliceLayout(1, LOAD))
     head = (kv_head * group + index % group).to(gl.int64)
     row = (index // group).to(gl.int64)
     at = (batch.to(gl.int64) * q_batch + head * q_head + row * q_row) * 8
-    d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
-    there = (index < rows * group)[:, None]
-    qbuf.store(gl.load(q + at[:, None] + d[None, :], mask=there, other=0.0))
+    load_rows(q + at, index < rows * group, qbuf)
 
 
 @gluon.constexpr_function
@@ -136,24 +146,30 @@ def merge(top, total, acc, next_top, next_total, part):
 
 
 @gluon.jit
-def finish(out, lse, top, total, acc, batch, kv_head, heads, group, rows):
-    """Writes the results of a tile."""
+def finish(to, lse_at, top, total, acc, valid):
+    """Writes the results of a tile, a row and its log-sum-exp to each pair of pointers."""
     D: gl.constexpr = acc.shape[0]
     LAYOUT: gl.constexpr = acc.type.layout
-    index = gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
-    row = index // group
-    head = kv_head * group + index % group
-    valid = row < rows
     none = total == 0.0
     share = gl.div_rn(1.0, gl.where(none, 1.0, total))
     e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
-    gl.store(lse + (batch.to(gl.int64) * heads + head) * rows + row, e, mask=valid)
+    gl.store(lse_at, e, mask=valid)
     # Plus 0 as in the other kernels of this order.
     level = gl.zeros([D, acc.shape[1]], gl.float32, LAYOUT)
     y = gl.fma(acc, level + share[None, :], level)
     column = gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
-    to = out + ((batch.to(gl.int64) * rows + row) * heads + head) * D
-    gl.store(to[None, :] + column[:, None], y.to(out.dtype.element_ty), mask=valid[None, :])
+    gl.store(to[None, :] + column[:, None], y.to(to.dtype.element_ty), mask=valid[None, :])
+
+
+@gluon.jit
+def finish_tile(out, lse, top, total, acc, batch, kv_head, heads, group, rows):
+    """`finish` of all rows of the heads that share a key head."""
+    index = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    row = index // group
+    head = kv_head * group + index % group
+    to = out + ((batch.to(gl.int64) * rows + row) * heads + head) * acc.shape[0]
+    at = lse + (batch.to(gl.int64) * heads + head) * rows + row
+    finish(to, at, top, total, acc, row < rows)
 
 
 @gluon.jit
@@ -203,7 +219,7 @@ def attention_step(
         gdc_launch_dependents()
     for i in gl.static_range(SLOTS):
         copy(kd, vd, ring, full, i, end, batch, kv_head, first, D, SLOTS)
-    load_queries(q, qbuf, batch, kv_head, group, rows, q_batch, q_head, q_row, D)
+    load_queries(q, qbuf, batch, kv_head, group, rows, q_batch, q_head, q_row)
     fence_async_shared()
     gl.thread_barrier()
     index = gl.arange(0, ROWS, COLUMN)
@@ -249,4 +265,4 @@ def attention_step(
     # Programs of the next launch that came while all multiprocessors are full would crowd on few.
     gdc_launch_dependents()
     if not SPLIT:
-        finish(out, lse, top, total, acc, batch, kv_head, heads, group, rows)
+        finish_tile(out, lse, top, total, acc, batch, kv_head, heads, group, rows)

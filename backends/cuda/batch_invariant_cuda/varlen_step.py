@@ -22,7 +22,11 @@ from batch_invariant_cuda.attention_merge import EXTRA
 from batch_invariant_cuda.attention_step import (
     SLOTS,
     buffers,
+    finish,
     leave,
+    load_rows,
+    merge,
+    rows_layout,
     scores_layout,
     store_weights,
     sum_of,
@@ -35,7 +39,6 @@ _SLOTS = gl.constexpr(SLOTS)
 _EXTRA = gl.constexpr(EXTRA)
 _PIECE = gl.constexpr(16)  # rows of values looked at together: more would not fit the registers
 _LOG2_E = gl.constexpr(1.4426950408889634)
-_LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -102,7 +105,7 @@ def _careful(
     """
     D: gl.constexpr = part.shape[0]
     LAYOUT: gl.constexpr = part.type.layout
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    LOAD: gl.constexpr = rows_layout(D)
     row = gl.arange(0, _PIECE, gl.SliceLayout(1, LOAD))
     strange = gl.zeros([_PIECE, D], gl.int32, LOAD)
     gl.thread_barrier()
@@ -168,7 +171,7 @@ def sequences_step(
     """
     S_LAYOUT: gl.constexpr = scores_layout(ROWS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    LOAD: gl.constexpr = rows_layout(D)
     ring = boxes(kd, _SLOTS, D, PAGE)
     held_blocks = blocks_of(ring, _SLOTS, D)
     qbuf, pbuf = buffers(kd.dtype, D, ROWS)
@@ -226,9 +229,7 @@ def sequences_step(
     if cu_q is None:
         start = batch
     at = (start.to(gl.int64) * q_batch + head * q_head + place * q_row) * 8
-    d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
-    there = (index // group < queries_here)[:, None]
-    qbuf.store(gl.load(q + at[:, None] + d[None, :], mask=there, other=0.0))
+    load_rows(q + at, index // group < queries_here, qbuf)
     fence_async_shared()
     gl.thread_barrier()
     index = number * ROWS + gl.arange(0, ROWS, COLUMN)
@@ -242,7 +243,6 @@ def sequences_step(
     if WINDOW:
         low = seen + row_in - window
     place = ((start * queries + q_begin).to(gl.int64) + row_in) * heads + head
-    column = gl.arange(0, D, gl.SliceLayout(1, S_LAYOUT))
     top = gl.full([ROWS], float("-inf"), gl.float32, COLUMN)
     total = gl.zeros([ROWS], gl.float32, COLUMN)
     acc = gl.zeros([D, ROWS], gl.float32, S_LAYOUT)
@@ -315,18 +315,6 @@ def sequences_step(
         if sinks is not None:
             own = valid & (b < sequences)
             sink = gl.load(sinks + head, mask=own, other=float("-inf")).to(gl.float32) * _LOG2_E
-            new_top = gl.maximum(top, sink)
-            base = gl.where(new_top == float("-inf"), 0.0, new_top)
-            shrink, share = gl.exp2(top - base), gl.exp2(sink - base)
-            total = gl.fma(gl.where(own, 1.0, 0.0), share, total * shrink)
-            acc = gl.fma(level, level + share[None, :], acc * shrink[None, :])
-            top = new_top
-        none = total == 0.0
-        share = gl.div_rn(1.0, gl.where(none, 1.0, total))
-        e = gl.where(none, float("-inf"), (gl.log2(total) + top) * _LN_2)
-        to = lse + start.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head
-        gl.store(to + q_begin + row_in, e, mask=valid)
-        # Plus 0 as in the other kernels of this order.
-        y = gl.fma(acc, level + share[None, :], level)
-        to = out + place * D
-        gl.store(to[None, :] + column[:, None], y.to(kd.dtype), mask=valid[None, :])
+            top, total, acc = merge(top, total, acc, sink, gl.where(own, 1.0, 0.0), level)
+        at = lse + start.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head
+        finish(out + place * D, at + q_begin + row_in, top, total, acc, valid)
