@@ -142,8 +142,9 @@ def _rms_norm_kernel(
         for s in range(S):
             tiles = segment_tiles(held, s, LANE)
             start = s * SEGMENT
+            later = _weights(weight, s + 1, columns, n, WEIGHT, FULL)
             _results(tiles, 0, DEPTH, DEPTH, weights, rstd, to, columns, n, start, WEIGHT)
-            weights = _weights(weight, s + 1, columns, n, WEIGHT, FULL)
+            weights = later
             fetch(x + at, following < count, slots, s, WARPS)
             if s >= _BEHIND:
                 async_copy.wait_group(_BEHIND)
@@ -151,12 +152,14 @@ def _rms_norm_kernel(
         coming = ()
         for g in gl.static_range(GROUPS):
             start = (S + g) * SEGMENT
+            later = weights
+            if g + 1 < GROUPS:
+                later = _weights(weight, S + g + 1, columns, n, WEIGHT, (g + 2) * DEPTH < T)
             _results(rest, g * DEPTH, T, T - 1, weights, rstd, to, columns, n, start, WEIGHT)
+            weights = later
             coming = coming + fetch_rest(
                 x + at, columns, n, S, T, g * DEPTH, min((g + 1) * DEPTH, T), 0.0
             )
-            if g + 1 < GROUPS:
-                weights = _weights(weight, S + g + 1, columns, n, WEIGHT, (g + 2) * DEPTH < T)
         rest = coming
         for late in gl.static_range(S - _BEHIND, S):
             async_copy.wait_group(S - 1 - late)
