@@ -31,9 +31,14 @@ from batch_invariant_cuda.attention_step import (
     weights,
 )
 
-SLOTS = 6  # of the ring, with heads of 128
+_SLOTS = 6  # of the ring, with heads of 128
 
 _KEYS = gl.constexpr(KEYS)
+
+
+def slots_of(size: int) -> int:
+    """Buffers of the ring for heads of that size."""
+    return _SLOTS * 128 // size
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "rows", "keys", "q_batch", "q_head", "q_row"])
@@ -43,10 +48,11 @@ def attention_alone(
     D: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """All rows of the heads that share a key head. Strides of q come divided by 8."""
+    gl.static_assert(SLOTS % 2 == 0)
     LAYOUT: gl.constexpr = scores_layout(ROWS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     ring = gl.allocate_shared_memory(kd.dtype, [SLOTS] + kd.block_type.shape, kd.layout)
-    qbuf, pbuf = buffers(kd.dtype, D, ROWS)
+    qbuf, pbufs = buffers(kd.dtype, D, ROWS, 2)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
@@ -79,7 +85,7 @@ def attention_alone(
     copy(kd, vd, ring, full, SLOTS + 2, end, batch, kv_head, 0, D, SLOTS)
     p, top = weights(s, 0, keys, scale)
     total = sum_of(p)
-    store_weights(p, pbuf)
+    store_weights(p, pbufs.index(0))
     # The rows from the blocks so far, and the block that comes to them next.
     all_top = gl.full([ROWS], float("-inf"), gl.float32, COLUMN)
     all_total = gl.zeros([ROWS], gl.float32, COLUMN)
@@ -93,7 +99,8 @@ def attention_alone(
         step = 2 * j + 1
         mbarrier.wait(full.index(step % SLOTS), step // SLOTS & 1)
         v = ring.index(step % SLOTS).reshape([_KEYS, D]).permute((1, 0))
-        part = warpgroup_mma(v, pbuf.permute((1, 0)), level, use_acc=False, is_async=True)
+        now = pbufs.index(j % 2).permute((1, 0))
+        part = warpgroup_mma(v, now, level, use_acc=False, is_async=True)
         later = step + 3
         mbarrier.wait(full.index(later % SLOTS), later // SLOTS & 1, pred=later < end)
         k = ring.index(later % SLOTS).reshape([_KEYS, D])
@@ -103,9 +110,9 @@ def attention_alone(
             copy(kd, vd, ring, full, later - 2 + SLOTS, end, batch, kv_head, 0, D, SLOTS)
         p, next_top = weights(next_s, j + 1, keys, scale)
         next_total = sum_of(p)
+        store_weights(p, pbufs.index((j + 1) % 2))
         all_top, all_total, acc = merge(all_top, all_total, acc, last_top, last_total, last)
         part, next_s = warpgroup_mma_wait(0, deps=[part, later_s])
-        store_weights(p, pbuf)
         last_top = top
         last_total = total
         last = part

@@ -9,7 +9,7 @@ rounding. Blocks of keys that take no part change nothing.
 
 So a row depends neither on the tile of queries, nor on which programs compute its blocks, nor on
 masked keys before or behind its own: padding on either side, packing, a sliding window, a cache.
-`attention_hopper` and `attention_step` compute the same on Hopper, faster.
+`attention_hopper`, `attention_step` and `attention_alone` compute the same on Hopper, faster.
 """
 
 from __future__ import annotations

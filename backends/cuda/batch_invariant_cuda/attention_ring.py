@@ -10,8 +10,7 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-from batch_invariant_cuda.attention_alone import SLOTS as ALONE_SLOTS
-from batch_invariant_cuda.attention_alone import attention_alone
+from batch_invariant_cuda.attention_alone import attention_alone, slots_of
 from batch_invariant_cuda.attention_hopper import KEYS, ROWS, attention_ring
 from batch_invariant_cuda.attention_step import SLOTS, attention_step, rows_of_tile
 from batch_invariant_cuda.launch import DTYPES
@@ -217,7 +216,7 @@ def few_rows(
     if alone:
         return _kernels()[2](
             batch * kv_heads, described, (q, out, lse), (*sizes, *strides, factor),
-            (size, tile, ALONE_SLOTS * 128 // size),
+            (size, tile, slots_of(size)),
         )  # fmt: skip
     return _kernels()[1](
         batch * kv_heads * runs, described, (q, out, lse, parts),

@@ -43,12 +43,12 @@ def scores_layout(rows):
 
 
 @gluon.jit
-def buffers(dtype: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-    """Shared memory for the queries of a tile and for their weights, [rows, D] and [rows, 128]."""
+def buffers(dtype: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, COUNT: gl.constexpr):
+    """Shared memory for a tile's queries [rows, D] and for their weights [COUNT, rows, 128]."""
     q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     p: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, _KEYS], dtype)
     qbuf = gl.allocate_shared_memory(dtype, [ROWS, D], q)
-    return qbuf, gl.allocate_shared_memory(dtype, [ROWS, _KEYS], p)
+    return qbuf, gl.allocate_shared_memory(dtype, [COUNT, ROWS, _KEYS], p)
 
 
 @gluon.jit
@@ -61,7 +61,10 @@ def store_weights(p, pbuf):
 def copy(
     kd, vd, ring, full, step, end, batch, kv_head, first, D: gl.constexpr, SLOTS: gl.constexpr
 ):  # fmt: skip
-    """Begins copy number `step` of `end`: the keys of block `first`, its values, the next keys."""
+    """Begins copy number `step`: the keys of block `first`, its values, the next keys, ...
+
+    Nothing from `end` on.
+    """
     if step < end:
         slot = step % SLOTS
         bar = full.index(slot)
@@ -110,7 +113,7 @@ def _held_by_all(rows):
 def sum_of(p):
     """The sum of each column of p [128, n]: halves folded down to 8, neighbours, halves again.
 
-    Warps meet once.
+    Warps exchange what they have once.
     """
     N: gl.constexpr = p.shape[1]
     v = gl.sum(gl.reshape(p, [2, 64, N]), 0)
@@ -200,7 +203,8 @@ def attention_step(
     LAYOUT: gl.constexpr = scores_layout(ROWS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     ring = gl.allocate_shared_memory(kd.dtype, [SLOTS] + kd.block_type.shape, kd.layout)
-    qbuf, pbuf = buffers(kd.dtype, D, ROWS)
+    qbuf, pbufs = buffers(kd.dtype, D, ROWS, 1)
+    pbuf = pbufs.index(0)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)

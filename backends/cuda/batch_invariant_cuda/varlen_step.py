@@ -174,7 +174,8 @@ def sequences_step(
     LOAD: gl.constexpr = rows_layout(D)
     ring = boxes(kd, _SLOTS, D, PAGE)
     held_blocks = blocks_of(ring, _SLOTS, D)
-    qbuf, pbuf = buffers(kd.dtype, D, ROWS)
+    qbuf, pbufs = buffers(kd.dtype, D, ROWS, 1)
+    pbuf = pbufs.index(0)
     full = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_SLOTS):
         mbarrier.init(full.index(i), count=1)

@@ -256,25 +256,33 @@ class TestHopper:
         general(monkeypatch)
         assert same(found, attend(q, k, v))
 
-    @pytest.mark.parametrize("rows", [1, 4])
-    @pytest.mark.parametrize("keys", [1, 127, 129, 300, 3969, 4096])
+    @pytest.mark.parametrize(
+        ("heads", "rows"), [(8, 1), (8, 2), (8, 4), (6, 1), (6, 3), (10, 3), (14, 1), (14, 2)]
+    )
+    @pytest.mark.parametrize("keys", [1, 127, 129, 300, 513, 896, 1669, 3969, 4096])
     def test_a_multiprocessor_for_each_tile_changes_no_bit(
-        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, rows: int, keys: int
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype,
+        size: int,
+        heads: int,
+        rows: int,
+        keys: int,
     ) -> None:
         draw = Draw(dtype, size)
-        q, k, v = draw.heads(8, rows), draw.heads(2, keys), draw.values(keys)
+        q, k, v = draw.heads(heads, rows), draw.heads(2, keys), draw.values(keys)
         k[1, 0, -1], v[0, 1, -1] = math.nan, -math.inf
-        assert not attention.fill(4, 8, 32, 132)
-        assert attention.fill(64, 8, 32, 132)
-        assert not attention.fill(64, 16, 32, 132)
-        filled = []
-        monkeypatch.setattr(attention, "fill", lambda *_: filled.append(True) or True)
-        found = attend(q, k, v)
-        assert filled
-        monkeypatch.setattr(attention, "fill", lambda *_: False)
-        assert same(found, attend(q, k, v))
+        went: list[bool] = []
+        few_rows = attention.few_rows
+        monkeypatch.setattr(attention, "few_rows", lambda *a: (went.append(a[-2]), few_rows(*a))[1])
+        found = []
+        for alone in (True, False):
+            monkeypatch.setattr(attention, "goes_alone", lambda *_, alone=alone: alone)
+            found.append(attend(q, k, v))
+        assert went == [True, False]
+        assert same(*found)
         general(monkeypatch)
-        assert same(found, attend(q, k, v))
+        assert same(found[0], attend(q, k, v))
 
     def test_programs_take_several_tiles(
         self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int

@@ -255,3 +255,16 @@ def test_attention_keeps_to_one_tile_where_the_matrix_units_are_unknown(monkeypa
             }
             found[capability, widest] = len(tiles)
     assert all((count == 1) == (at != (9, 0)) for (at, _), count in found.items())
+
+
+@pytest.mark.parametrize(
+    ("tiles", "rows", "blocks", "alone"),
+    [
+        *((64, 8, 256, True), (64, 8, 16, True), (64, 8, 15, False), (80, 8, 4, True)),
+        *((55, 8, 256, False), (64, 16, 256, False), (72, 16, 4, True), (132, 16, 2, True)),
+        *((133, 8, 256, False), (132, 8, 1, False), (1, 8, 1000, False)),
+    ],
+)
+def test_tiles_that_go_alone(tiles, rows, blocks, alone):
+    """On 132 multiprocessors; which way they go changes no bit."""
+    assert attention.goes_alone(tiles, rows, blocks, 132) is alone
