@@ -42,7 +42,6 @@ from batch_invariant_cuda.attention_ring import (
     takes_few,
     takes_many,
 )
-from batch_invariant_cuda.attention_step import ROWS, rows_of_tile
 from batch_invariant_cuda.matmul import PROVED, capability
 from batch_invariant_cuda.row_launch import Calls, kind_of, multiprocessors
 
@@ -142,13 +141,13 @@ def run_of(tiles: int, blocks: int, processors: int) -> int:
     return -(-blocks // max(1, min(blocks, 2 * processors // max(tiles, 1))))
 
 
-def goes_alone(tiles: int, rows: int, blocks: int, processors: int) -> bool:
-    """Whether tiles of so many rows, a multiprocessor for each, are faster than in runs.
+def goes_alone(tiles: int, size: int, blocks: int, processors: int) -> bool:
+    """Whether tiles of few rows, a multiprocessor for each, are faster than in runs.
 
     Each then has all buffers of its multiprocessor, and leaves no parts in memory. The shares of
-    the multiprocessors are where both took equally long on an H200, with heads of 128.
+    the multiprocessors are where both took equally long on an H200.
     """
-    least = 0.53 if rows == ROWS else 0.42 if blocks >= _LONG else 0.6
+    least = 0.42 if size == 128 and blocks >= _LONG else 0.6
     return least * processors <= tiles <= processors and blocks > 1
 
 
@@ -194,8 +193,7 @@ def _few(
     """A few rows that attend to all keys, on Hopper."""
     blocks = -(-k.size(2) // BLOCK)
     tiles, processors = q.size(0) * k.size(1), multiprocessors(q.device.index)
-    shared = q.size(2) * q.size(1) // k.size(1)
-    alone = goes_alone(tiles, rows_of_tile(shared), blocks, processors)
+    alone = goes_alone(tiles, q.size(3), blocks, processors)
     run = blocks if alone else run_of(tiles, blocks, processors)
     parts = _parts(q, blocks, v.size(3)) if run < blocks else None
     start = few_rows(q, k, v, out, lse, parts, run, alone, factor)

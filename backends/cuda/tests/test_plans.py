@@ -258,13 +258,13 @@ def test_attention_keeps_to_one_tile_where_the_matrix_units_are_unknown(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("tiles", "rows", "blocks", "alone"),
+    ("tiles", "size", "blocks", "alone"),
     [
-        *((64, 8, 256, True), (64, 8, 16, True), (64, 8, 15, False), (80, 8, 4, True)),
-        *((55, 8, 256, False), (64, 16, 256, False), (72, 16, 4, True), (132, 16, 2, True)),
-        *((133, 8, 256, False), (132, 8, 1, False), (1, 8, 1000, False)),
+        *((64, 128, 256, True), (64, 128, 16, True), (64, 128, 15, False), (80, 128, 4, True)),
+        *((55, 128, 256, False), (64, 64, 256, False), (80, 64, 4, True), (132, 64, 2, True)),
+        *((133, 128, 256, False), (132, 128, 1, False), (1, 128, 1000, False)),
     ],
 )
-def test_tiles_that_go_alone(tiles, rows, blocks, alone):
+def test_tiles_that_go_alone(tiles, size, blocks, alone):
     """On 132 multiprocessors; which way they go changes no bit."""
-    assert attention.goes_alone(tiles, rows, blocks, 132) is alone
+    assert attention.goes_alone(tiles, size, blocks, 132) is alone
