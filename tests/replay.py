@@ -58,6 +58,34 @@ def replay(a: torch.Tensor, b: torch.Tensor, ks: list[int] | None = None) -> tor
     return torch.from_numpy(acc)
 
 
+def replay_chunks(a: torch.Tensor, b: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The same of every `chunk` of k by itself; their results added ascending."""
+    first, *more = (replay(x, y) for x, y in zip(a.split(chunk, 1), b.split(chunk, 1), strict=True))
+    for part in more:
+        first = first + part
+    return first
+
+
+def replay_weighted(
+    weight: np.ndarray, values: np.ndarray, takes_part: np.ndarray, first: np.ndarray, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of weight [L, S], and of weight times values [S, Ev], over the keys that take part: a
+    chain over each `block` of keys, counted from key first[i] of row i; the chains added ascending.
+    """
+    total, sums = np.zeros((2, len(weight), 1), np.float32)
+    acc, products = np.zeros((2, len(weight), values.shape[1]), np.float32)
+    for j in range(len(values)):
+        begins = (j - first[:, None]) % block == 0
+        total, acc = (
+            np.where(begins, x + chain, x) for x, chain in ((total, sums), (acc, products))
+        )
+        sums, products = (np.where(begins, np.float32(0), x) for x in (sums, products))
+        part, w = takes_part[:, j, None], weight[:, j, None]
+        sums = np.where(part, sums + w, sums)
+        products = np.where(part, fma32(w, values[None, j], products), products)
+    return total + sums, acc + products
+
+
 def replay_bf16(a: torch.Tensor, b: torch.Tensor, order: int) -> torch.Tensor:
     """What gemm.h says about the three orders of bf16, in fp32."""
     if order == SERIAL:

@@ -17,7 +17,18 @@ import torch
 
 from batch_invariant.cpu import native
 from batch_invariant.cpu.matmul import product
-from replay import AMX, DOT, SERIAL, cancelling, fma32, powers, replay, replay_bf16, same
+from replay import (
+    AMX,
+    DOT,
+    SERIAL,
+    cancelling,
+    fma32,
+    powers,
+    replay,
+    replay_bf16,
+    replay_chunks,
+    same,
+)
 
 PACK = struct.Struct("=7qQ2qQ3qQ3qQ4q2d").pack
 CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
@@ -119,33 +130,24 @@ def test_float64_is_one_serial_fma_chain() -> None:
             assert got[i, j].item() == acc
 
 
-def in_chunks(a: torch.Tensor, b: torch.Tensor, chunk: int) -> torch.Tensor:
-    """A chain for each chunk of k, added ascending."""
-    parts = [replay(x, y) for x, y in zip(a.split(chunk, 1), b.split(chunk, 1), strict=True)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
 @pytest.mark.parametrize("chunk", [256, 512])
 @pytest.mark.parametrize("k", [513, 1024, 1300, 2065])
 def test_chunks_are_added_ascending(chunk: int, k: int) -> None:
     for m, n in ((1, 1), (1, 70), (7, 45), (70, 33), (33, 2)):
         a, b = cancelling(m, k, torch.float32), powers(n, k, torch.float32)
         b *= torch.randn(n, k, generator=torch.Generator().manual_seed(k))
-        want = in_chunks(a, b, chunk)
+        want = replay_chunks(a, b, chunk)
         for right, layout in ((b, NK), (b.mT.contiguous(), KN)):
             for threads in (1, 2):
                 assert same(gemm(a, right, layout, chunk=chunk, threads=threads), want)
     assert not same(gemm(a, b), want), "the data would not show another order"
-    assert not same(want, in_chunks(a.flip(1), b.flip(1), chunk))
+    assert not same(want, replay_chunks(a.flip(1), b.flip(1), chunk))
 
 
 def test_negative_zero_is_kept_by_the_first_chunk() -> None:
     """A sum that underflows to -0 stays -0 where the other chunks are -0 too."""
     a, b = torch.full((1, 1024), -(2.0**-100)), torch.full((3, 1024), 2.0**-100)
-    want = in_chunks(a, b, 512)
+    want = replay_chunks(a, b, 512)
     assert torch.signbit(want).all()
     assert same(gemm(a, b, chunk=512), want)
 
@@ -153,7 +155,7 @@ def test_negative_zero_is_kept_by_the_first_chunk() -> None:
 def test_products_of_fp32_have_the_declared_chunks() -> None:
     for k in (2047, 2048, 4096):
         a, b = cancelling(3, k, torch.float32), torch.randn(9, k)
-        want = in_chunks(a, b, 512) if k >= 2048 else replay(a, b)
+        want = replay_chunks(a, b, 512) if k >= 2048 else replay(a, b)
         assert same(product(a, b.mT), want)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import batch_invariant as bi
 from batch_invariant.ops.varlen_definition import attend
 from native_rows import TANH, Rows, runnable
-from replay import fma32, replay, same
+from replay import replay_chunks, replay_weighted, same
 from test_native_attention import draw, exp32
 
 INF = torch.inf
@@ -151,8 +151,8 @@ def test_a_shared_prefix_and_its_copy_agree() -> None:
 
 
 def test_a_page_in_the_wrong_place_is_seen() -> None:
-    """Negative control: the comparisons above fail if two keys change places."""
-    q, k, v = drawn(4, 100, torch.bfloat16)
+    """Negative control: the comparisons above fail if two pages change places."""
+    q, k, v = drawn(4, 100, torch.float32)
     paged = pages_of([(k, v)], 16)
     assert same(bi.attention(q[None], **paged)[0], alone(q, k, v)[0])
     paged["block_table"][0, :2] = paged["block_table"][0, :2].flip(0)
@@ -192,7 +192,7 @@ def test_without_new_options_it_is_scaled_dot_product_attention(dtype: torch.dty
 
 def test_bits_are_those_of_the_declared_order() -> None:
     """Soft cap, window and sink by the steps that the native source states, in numpy."""
-    length, keys, cap, window = 9, 130, 1.5, 100
+    length, keys, cap, window = 9, 290, 1.5, 200
     q, k, v = drawn(length, keys, torch.float32)
     sinks = torch.tensor([0.7, -INF, 40.0, -3.0])
     got, lse = alone(q, k, v, causal=True, window=window, soft_cap=cap, sinks=sinks, scale=0.17)
@@ -200,17 +200,14 @@ def test_bits_are_those_of_the_declared_order() -> None:
     position = np.arange(length)[:, None] + keys - length
     takes_part = (np.arange(keys) <= position) & (np.arange(keys) > position - window)
     for h in range(4):
-        score = replay(q[:, h], k[:, h // 2]).numpy() * np.float32(0.17)
+        score = replay_chunks(q[:, h], k[:, h // 2], 16).numpy() * np.float32(0.17)
         bent = rows.map(TANH, torch.from_numpy(score / np.float32(cap))).numpy()
         score = np.where(takes_part, bent * np.float32(cap), np.float32(-np.inf))
         sink = np.float32(sinks[h])
         top = np.maximum(score.max(1, keepdims=True), sink)
         weight = exp32(score - top)
-        total, acc = np.zeros((length, 1), np.float32), np.zeros((length, 64), np.float32)
-        for j in range(keys):
-            w, part = weight[:, j, None], takes_part[:, j, None]
-            total = np.where(part, total + w, total)
-            acc = np.where(part, fma32(w, v[None, j, h // 2].numpy(), acc), acc)
+        first = np.zeros(length, int)  # of the sequence, not of the window
+        total, acc = replay_weighted(weight, v[:, h // 2].numpy(), takes_part, first, 128)
         total = total + exp32(sink - top)
         assert same(got[:, h], torch.from_numpy(acc / total + np.float32(0)))
         exact = np.log(total.astype(np.float64)) + top

@@ -16,7 +16,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.attention import check_attention, expanded_heads
 from batch_invariant.ops.contract import FLOATS
-from batch_invariant.order import serial
+from batch_invariant.order import chunked, serial
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = range(3)
@@ -126,7 +126,7 @@ def _float64(
     is_causal: bool,
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same order by serial products in fp64, with torch's exp and log."""
+    """One chain over the head size and one over the keys in fp64, with torch's exp and log."""
     k, v = expanded_heads(q, k, v)
     rows, keys = q.size(2), k.size(2)
     scores = product(q.flatten(0, 1), k.flatten(0, 1).mT).view(*q.shape[:2], rows, keys) * factor
@@ -151,7 +151,7 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order=serial(),
+        order={**dict.fromkeys(FLOATS, chunked(128, serial())), torch.float64: serial()},
         portable=frozenset(FLOATS),
     )
 }

@@ -24,7 +24,7 @@ from batch_invariant.ops.varlen_layout import (
     queries_of,
     spans,
 )
-from batch_invariant.order import serial
+from batch_invariant.order import chunked, serial
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 # SequencesArgs of native/attention.cpp
@@ -132,7 +132,7 @@ def _float64(
     window: int | None,
     soft_cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence in the same order by serial products in fp64, with torch's exp, log and tanh."""
+    """One sequence, serial products in fp64, with torch's exp, log and tanh."""
     own = torch.ops.batch_invariant
     repeat = part.query.size(0) // part.key.size(0)
     k, v = (x.repeat_interleave(repeat, 0) for x in (part.key, part.value))
@@ -160,7 +160,7 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order=serial(),
+        order={**dict.fromkeys(FLOATS, chunked(128, serial())), torch.float64: serial()},
         portable=frozenset(FLOATS),
     )
 }

@@ -1,10 +1,11 @@
 """Contract of scaled_dot_product_attention.
 
-Order, for every query row on its own: scores as serial fp32 chains over the head dimension; the
-exact maximum; exp; the denominator and the weighted sum of values as serial chains over the
-keys, ascending; one division; one rounding. Keys that are masked add nothing, whatever they hold.
-So the result does not depend on left or right padding, nor on how many query rows are computed
-together. A backend that adds in blocks counts them from the first key that a row attends to.
+Order, for every query row on its own: scores as fp32 sums over chunks of 16 of the head dimension,
+each a serial chain; the exact maximum; exp; the denominator and the weighted sum of values over
+blocks of 128 keys, ascending, in each a serial chain; one division; one rounding. Keys that are
+masked add nothing, whatever they hold, and blocks are counted from the first key that the mask lets
+a row see. So the result does not depend on left or right padding, nor on how many query rows are
+computed together. In float64 both sums are one chain.
 """
 
 from __future__ import annotations

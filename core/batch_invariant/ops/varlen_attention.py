@@ -1,11 +1,12 @@
 """Contract of attention over sequences that are padded, packed, or kept in pages of a cache.
 
-Order, for every query on its own: scores as serial fp32 chains over the head dimension, scaled,
-soft-capped; the exact maximum; exp; the denominator and the weighted sum of values as serial chains
-over the keys that take part, ascending; the sink last; one division; one rounding. Keys that take
-no part add nothing, whatever they hold. So a query has the same bits in prefill, in any chunk of a
-prefill, in decode, behind a cached prefix, at any page size, packed or padded, beside any others.
-A backend that adds in chunks of keys cuts them by position in the sequence.
+Order, for every query on its own: scores as fp32 sums over chunks of 16 of the head dimension, each
+a serial chain, scaled, soft-capped; the exact maximum; exp; the denominator and the weighted sum of
+values over blocks of 128 keys, by position in the sequence, ascending, in each a serial chain over
+the keys that take part; the sink last; one division; one rounding. Keys that take no part add
+nothing, whatever they hold. So a query has the same bits in prefill, in any chunk of a prefill, in
+decode, behind a cached prefix, at any page size, packed or padded, beside any others. In float64
+both sums are one chain.
 """
 
 from __future__ import annotations

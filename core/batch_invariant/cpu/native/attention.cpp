@@ -1,13 +1,16 @@
 // softmax(Q K^T * scale + mask) V, one query row at a time as far as the bits are concerned.
 //
 // Of every query row, in fp32 (operands widened exactly):
-//   score[j] = chain * scale, chain = the serial FMA chain over the head dimension from +0
-//     (gemm.h); with a soft cap it becomes tanh(score / cap) * cap, every step rounded (math.h); an
-//     additive mask is added, rounded again; the score is -inf where the mask is false or -inf or
-//     where causality, the window or the length of the sequence forbids j;
+//   score[j] = dot * scale, dot = the sum over chunks of SIZE_CHUNK of the head dimension,
+//     ascending, each a serial FMA chain from +0 (gemm.h); with a soft cap it becomes
+//     tanh(score / cap) * cap, every step rounded (math.h); an additive mask is added, rounded
+//     again; the score is -inf where the mask is false or -inf or where causality, the window or
+//     the length of the sequence forbids j;
 //   top = the largest score, exactly, a sink being one more; p[j] = exp(score[j] - top) (math.h);
-//   total = the serial sum of p over ascending j from +0, then exp(sink - top); acc[d] = the serial
-//     FMA chain of p[j] V[j, d] over ascending j from +0;
+//   total = the sum of p over blocks of KEY_BLOCK keys, ascending from +0, of each the serial sum
+//     over ascending j from +0; behind them exp(sink - top); acc[d] = in the same blocks the sum of
+//     the serial FMA chains of p[j] V[j, d]. The first block begins at the first key of the
+//     sequence or, under a mask, at the first key that it lets the row see;
 //   out[d] = acc[d] / total + 0, rounded once; lse = log(total) + top.
 // A key whose score is -inf takes no part, whatever K and V hold there. A row without any other key
 // and without a sink gives zeros and an lse of -inf. Every NaN is written as the one quiet NaN.
@@ -71,6 +74,10 @@ constexpr float INF = __builtin_inff();
 // one whose weight is too small for fp32.
 constexpr float ABSENT = -0.0f;
 constexpr u32 ABSENT_BITS = 0x80000000u;
+
+// One chain over a long row would round every term at the size of the whole sum.
+constexpr i64 SIZE_CHUNK = 16;
+constexpr i64 KEY_BLOCK = 128;
 
 constexpr i64 WEIGHT_BYTES = 384 << 10;  // of the weights of a task: they stay in the L2 cache
 constexpr i64 MIN_ROWS = 12, MAX_ROWS = 48;
@@ -168,40 +175,54 @@ struct Attention {
     return min(keys, more->page_size - key % more->page_size);
   }
 
-  // What a row needs to know about its keys: the first and last one it may see, and where its mask
-  // begins.
+  // What a row needs to know about its keys: the first and last one it may see, where its mask
+  // begins, and where its first block of keys does.
   struct Sight {
     i64 first, last;
     const char* mask;
+    i64 base;
   };
   Sight sight(const Rows& r, i64 row) const {
     i64 at = r.batch * g.mask_batch + r.head(row) * g.mask_head + r.query(row) * g.mask_row;
     i64 bytes = g.mask_kind == BOOL_MASK ? 1 : bytes_of(g.mask_dtype);
-    return {first(r, r.query(row)), last(r, r.query(row)), g.mask + at * bytes};
+    Sight found{first(r, r.query(row)), last(r, r.query(row)), g.mask + at * bytes,
+                r.sequence.first};
+    if (g.mask_kind != NO_MASK) {
+      i64 end = found.last + 1;
+      while (found.base < end) {
+        i64 n = min(end - found.base, 16), lane = 0;
+        i32x16 hidden = mask(found, found.base, n) == -INF;
+        while (lane < n && hidden[lane]) lane++;
+        found.base += lane;
+        if (lane < n) break;
+      }
+    }
+    return found;
+  }
+
+  // What the mask adds to the scores of the `n` keys from `key` on: -inf where it lets none be seen.
+  f32x16 mask(const Sight& sight, i64 key, i64 n) const {
+    i64 at = key * g.mask_col;
+    if (g.mask_kind == BOOL_MASK) {
+      const u8* from = reinterpret_cast<const u8*>(sight.mask) + at;
+      return load_bools(from, g.mask_col, n) != 0 ? splat(0.0f) : splat(-INF);
+    }
+    const char* from = sight.mask + at * bytes_of(g.mask_dtype);
+    switch (g.mask_dtype) {
+      case BF16:
+        return load_strided(reinterpret_cast<const bf16*>(from), g.mask_col, n);
+      case F16:
+        return load_strided(reinterpret_cast<const f16*>(from), g.mask_col, n);
+      default:
+        return load_strided(reinterpret_cast<const float*>(from), g.mask_col, n);
+    }
   }
 
   // The 16 scores of a row that begin at key `col`, -inf where a key takes no part.
   f32x16 masked(f32x16 score, const Sight& sight, i64 end, i64 col) const {
-    i64 n = max(min(end - col, 16), 0);
-    if (g.mask_kind == BOOL_MASK) {
-      score =
-          load_bools(reinterpret_cast<const u8*>(sight.mask) + col * g.mask_col, g.mask_col, n) != 0
-              ? score
-              : splat(-INF);
-    } else if (g.mask_kind == ADDITIVE_MASK) {
-      const char* from = sight.mask + col * g.mask_col * bytes_of(g.mask_dtype);
-      f32x16 added;
-      switch (g.mask_dtype) {
-        case BF16:
-          added = load_strided(reinterpret_cast<const bf16*>(from), g.mask_col, n);
-          break;
-        case F16:
-          added = load_strided(reinterpret_cast<const f16*>(from), g.mask_col, n);
-          break;
-        default:
-          added = load_strided(reinterpret_cast<const float*>(from), g.mask_col, n);
-      }
-      score = added == -INF ? splat(-INF) : score + added;
+    if (g.mask_kind != NO_MASK) {
+      f32x16 added = mask(sight, col, max(min(end - col, 16), 0));
+      score = added == -INF ? splat(-INF) : g.mask_kind == BOOL_MASK ? score : score + added;
     }
     i64 left = sight.last - col, before = sight.first - col;
     if (before > 0) score = LANE < static_cast<i32>(min(before, 16)) ? splat(-INF) : score;
@@ -212,6 +233,7 @@ struct Attention {
 
   // Scores as [key blocks][rows][LDA], and the largest of each row as 16 lanes.
   // `gathered`: room for the keys of a panel that lie in several pages.
+  // `c`: room for two panels of accumulators.
   void scores(const Rows& r, const Sight* sights, const float* q, char* gathered, float* panel,
               float* c, float* out, f32x16* top) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
@@ -231,10 +253,11 @@ struct Attention {
         k = gathered;
         row = g.size;
       }
-      for (i64 d = 0; d < head_blocks(); d++) {
-        i64 units = min(g.size - d * KC, KC);
-        multiply_nk(kernel, q + d * rows * LDA, k + d * KC * kernel.element_bytes, row, cols, units,
-                    units, rows, panel, c, d == 0);
+      for (i64 d = 0; d < g.size; d += SIZE_CHUNK) {
+        i64 units = min(g.size - d, SIZE_CHUNK);
+        multiply_nk(kernel, q + d / KC * rows * LDA + d % KC, k + d * kernel.element_bytes, row,
+                    cols, units, units, rows, panel, d == 0 ? c : c + rows * nr, true);
+        if (d > 0) add(c, c + rows * nr, rows * nr);
       }
       float* block = out + key / KC * rows * LDA + key % KC;
       for (i64 i = 0; i < rows; i++) {
@@ -248,6 +271,10 @@ struct Attention {
         }
       }
     }
+  }
+
+  static void add(float* to, const float* from, i64 count) {
+    for (i64 i = 0; i < count; i += 16) store(to + i, load<f32x16>(to + i) + load<f32x16>(from + i));
   }
 
   static float largest(f32x16 lanes) {
@@ -279,22 +306,42 @@ struct Attention {
     }
   }
 
-  // The serial sums of the weights, 16 rows side by side; behind them the sinks.
-  void totals(const Rows& r, const float* p, const float* top, float* total) const {
+  // How many keys from `r.begin` on lie before the next block of a row's keys.
+  static i64 first_block(const Rows& r, const Sight& sight) {
+    i64 from = (r.begin - sight.base) % KEY_BLOCK;
+    return from >= 0 ? KEY_BLOCK - from : -from;
+  }
+
+  // The sums of the weights, 16 rows side by side; behind them the sinks.
+  void totals(const Rows& r, const Sight* sights, const float* p, const float* top,
+              float* total) const {
     i64 rows = r.count();
     for (i64 i = 0; i < rows; i += 16) {
-      f32x16 sum = {};
+      f32x16 block = {}, sum = {};
+      i32x16 end;  // of each row's block
+      for (int l = 0; l < 16; l++)
+        end[l] = static_cast<i32>(first_block(r, sights[min(i + l, rows - 1)]));
       for (i64 key = 0; key < r.keys; key += KC) {
         const float* from[16];
         for (i64 l = 0; l < 16; l++) from[l] = p + (key / KC * rows + min(i + l, rows - 1)) * LDA;
         i64 units = min(r.keys - key, KC);
         for (i64 u = 0; u < units; u += 8) {  // those past the last key are ABSENT
-          f32x16 block[8];
-          transpose<ToF32<float>>(from, u, block);
-          for (int j = 0; j < 8; j++) sum += block[j];
+          f32x16 weight[8];
+          transpose<ToF32<float>>(from, u, weight);
+          i32 at = static_cast<i32>(key + u);
+          if (__builtin_reduce_or(end < at + 8) == 0) {
+            for (int j = 0; j < 8; j++) block += weight[j];
+            continue;
+          }
+          for (int j = 0; j < 8; j++) {
+            i32x16 begins = end == at + j;
+            sum = begins ? sum + block : sum;
+            block = (begins ? splat(0.0f) : block) + weight[j];
+            end += begins & static_cast<i32>(KEY_BLOCK);
+          }
         }
       }
-      store(total + i, sum);
+      store(total + i, sum + block);
     }
     if (more == nullptr || more->sinks == nullptr) return;
     for (i64 i = 0; i < rows; i++) {
@@ -302,37 +349,53 @@ struct Attention {
     }
   }
 
-  // acc[panels][rows][lanes] = weights times values.
-  void values(const Rows& r, const float* p, float* panel, float* acc) const {
+  // out[panels][rows][lanes] = weights times values; `block` has room for as much, and `ends` for
+  // where the block of each row ends.
+  void values(const Rows& r, const Sight* sights, const float* p, float* panel, i64* ends,
+              float* block, float* out) const {
     i64 nr = kernel.panel_lanes, rows = r.count(), c_panel = rows * nr;
+    i64 panels = ceil_div(g.v_size, nr);
     i64 swept = rows <= kernel.sweep_rows ? g.v_size / nr : 0;
+    for (i64 i = 0; i < rows; i++) ends[i] = first_block(r, sights[i]);
     for (i64 key = 0, units; key < r.keys; key += units) {
       units = together(r.begin + key, min(r.keys - key, KC - key % KC));
+      for (i64 i = 0; i < rows; i++) units = min(units, ends[i] - key);
       const float* a = p + key / KC * rows * LDA + key % KC;
       const char* from = value_row(r, r.begin + key);
-      if (swept > 0) kernel.sweep(a, from, g.v_row, swept, units, rows, acc, c_panel, key == 0);
-      for (i64 j = swept; j * nr < g.v_size; j++) {
+      if (swept > 0) kernel.sweep(a, from, g.v_row, swept, units, rows, block, c_panel, key == 0);
+      for (i64 j = swept; j < panels; j++) {
         kernel.pack_panel[0](from + j * nr * kernel.element_bytes, g.v_row,
                              min(g.v_size - j * nr, nr), units, units, panel);
-        kernel.multiply(a, panel, units, rows, acc + j * c_panel, key == 0);
+        kernel.multiply(a, panel, units, rows, block + j * c_panel, key == 0);
+      }
+      for (i64 i = 0; i < rows; i++) {
+        if (key + units < r.keys && key + units < ends[i]) continue;
+        ends[i] += KEY_BLOCK;
+        for (i64 j = 0; j < panels; j++) {
+          i64 at = j * c_panel + i * nr;
+          add(out + at, block + at, nr);
+          __builtin_memset(block + at, 0, static_cast<size_t>(nr) * sizeof(float));
+        }
       }
     }
   }
 
   // The row's values again, without the keys that take no part: zero times infinity is not zero.
   template <class T>
-  void row_without_absent(const Rows& r, i64 row, const float* p, float* acc) const {
+  void row_without_absent(const Rows& r, const Sight& sight, i64 row, const float* p,
+                          float* out) const {
     i64 nr = kernel.panel_lanes, rows = r.count();
     for (i64 d = 0; d < g.v_size; d += 16) {
-      i64 n = min(g.v_size - d, 16);
-      f32x16 sum = {};
+      i64 n = min(g.v_size - d, 16), end = first_block(r, sight);
+      f32x16 block = {}, sum = {};
       for (i64 key = 0; key < r.keys; key++) {
+        if (key == end) sum += block, block = f32x16{}, end += KEY_BLOCK;
         float weight = p[(key / KC * rows + row) * LDA + key % KC];
         if (bit_cast<u32>(weight) == ABSENT_BITS) continue;
         const T* v = reinterpret_cast<const T*>(value_row(r, r.begin + key));
-        sum = fma(splat(weight), load_f32(v + d, n), sum);
+        block = fma(splat(weight), load_f32(v + d, n), block);
       }
-      store(acc + (d / nr * rows + row) * nr + d % nr, sum);
+      store(out + (d / nr * rows + row) * nr + d % nr, sum + block);
     }
   }
 
@@ -354,13 +417,13 @@ struct Attention {
   }
 
   template <class T>
-  void finish(const Rows& r, const float* p, const float* top, const float* total,
-              float* acc) const {
+  void finish(const Rows& r, const Sight* sights, const float* p, const float* top,
+              const float* total, float* acc) const {
     for (i64 i = 0; i < r.count(); i++) {
       bool none = top[i] == -INF;
       bool finite = write_row<T>(r, i, none, total[i], acc);
       if (!finite && !none && (g.causal || g.mask_kind != NO_MASK || more != nullptr)) {
-        row_without_absent<T>(r, i, p, acc);
+        row_without_absent<T>(r, sights[i], i, p, acc);
         write_row<T>(r, i, none, total[i], acc);
       }
       if (g.lse != nullptr) {
@@ -379,14 +442,15 @@ struct Attention {
     i64 key_blocks = max(ceil_div(r.keys, KC), 1);
     i64 lanes = round_up(rows, 16);
     i64 sizes[] = {KC * nr,
-                   rows * nr,
+                   2 * rows * nr,
                    head_blocks() * rows * LDA,
                    key_blocks * rows * LDA,
-                   panels * rows * nr,
+                   2 * panels * rows * nr,
                    rows * 16,
                    lanes,
                    lanes,
                    rows * static_cast<i64>(sizeof(Sight) / sizeof(float)),
+                   rows * static_cast<i64>(sizeof(i64) / sizeof(float)),
                    more != nullptr && more->pages != nullptr ? nr * g.size : 0};
     i64 floats = 0;
     for (i64& size : sizes) {
@@ -402,11 +466,11 @@ struct Attention {
     float *acc = base + sizes[4], *top = base + sizes[6], *total = base + sizes[7];
     f32x16* top_lanes = reinterpret_cast<f32x16*>(base + sizes[5]);
     Sight* sights = reinterpret_cast<Sight*>(base + sizes[8]);
-    char* gathered = reinterpret_cast<char*>(base + sizes[9]);
+    i64* ends = reinterpret_cast<i64*>(base + sizes[9]);
+    char* gathered = reinterpret_cast<char*>(base + sizes[10]);
     for (i64 i = 0; i < rows; i++) sights[i] = sight(r, i);
 
-    if (r.keys == 0)
-      __builtin_memset(acc, 0, static_cast<size_t>(panels * rows * nr) * sizeof(float));
+    __builtin_memset(acc, 0, static_cast<size_t>(panels * rows * nr) * sizeof(float));
     for (i64 d = 0; d < head_blocks(); d++) {
       i64 units = min(g.size - d * KC, KC);
       for (i64 h = 0; h < r.heads; h++) {
@@ -422,17 +486,17 @@ struct Attention {
     scores(r, sights, q, gathered, panel, c, p, top_lanes);
     for (i64 i = 0; i < rows; i++) top[i] = with_sink(r, i, largest(top_lanes[i]));
     weights(r, p, top);
-    totals(r, p, top, total);
-    values(r, p, panel, acc);
+    totals(r, sights, p, top, total);
+    values(r, sights, p, panel, ends, acc + panels * rows * nr, acc);
     switch (g.dtype) {
       case F32:
-        finish<float>(r, p, top, total, acc);
+        finish<float>(r, sights, p, top, total, acc);
         break;
       case BF16:
-        finish<bf16>(r, p, top, total, acc);
+        finish<bf16>(r, sights, p, top, total, acc);
         break;
       default:
-        finish<f16>(r, p, top, total, acc);
+        finish<f16>(r, sights, p, top, total, acc);
     }
     return OK;
   }
