@@ -18,7 +18,7 @@ from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
 from batch_invariant.ops.attention import check_attention
 from batch_invariant.ops.contract import FLOATS
-from batch_invariant.order import serial, undeclared
+from batch_invariant.order import chunked, serial, undeclared
 from batch_invariant_cuda.attention_blocks import (
     INSIDE,
     MARK,
@@ -29,9 +29,11 @@ from batch_invariant_cuda.attention_blocks import (
 from batch_invariant_cuda.attention_chains import (
     ADDITIVE_MASK,
     BOOL_MASK,
+    KEY_BLOCK,
     KEYS,
     NO_MASK,
     attention_chains,
+    size_chunks,
 )
 from batch_invariant_cuda.attention_merge import BLOCK, EXTRA, combine
 from batch_invariant_cuda.attention_plan import empty_plan, plan_rows, prepare_mask
@@ -104,7 +106,7 @@ def _chains(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *((0, 0, 0, 0) if mask is None else mask.stride()), factor,
         ),
-        (block, at_once, padded_size(size), padded_size(v_size), kind, is_causal),
+        (block, at_once, size_chunks(size), padded_size(v_size), kind, is_causal),
         8 if wide else 4,
     )  # fmt: skip
 
@@ -429,7 +431,11 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset(FLOATS),
-        order={torch.float32: serial(), torch.bfloat16: _BLOCKWISE, torch.float16: _BLOCKWISE},
+        order={
+            torch.float32: chunked(KEY_BLOCK, serial()),
+            torch.bfloat16: _BLOCKWISE,
+            torch.float16: _BLOCKWISE,
+        },
         portable=frozenset((torch.float32,)),
         supports=refusal,
     )

@@ -1,8 +1,9 @@
 """Attention in fp32 on CUDA: the order of the contract, the bits of the CPU reference.
 
 Two passes over the keys: the exact maximum of the scores, then exp, denominator and weighted sum.
-Every product is a chain of fp32 FMAs over ascending positions (Triton's IEEE dot), so a row depends
-neither on the tile, nor on how many rows are computed together, nor on padding.
+Every product is a sum of chains of fp32 FMAs over ascending positions (Triton's IEEE dot): over 16
+places of the head size, over 128 keys. The first 128 begin with the first key that a row attends
+to, so it depends neither on the tile, nor on how many rows are computed together, nor on padding.
 """
 
 from __future__ import annotations
@@ -14,13 +15,125 @@ from batch_invariant_cuda.explog import exp, log
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import larger, rounded
 
+SIZE_CHUNK = 16
+KEY_BLOCK = 128
 KEYS = 32  # of a tile
 NO_MASK = 0
 BOOL_MASK = 1
 ADDITIVE_MASK = 2
 
+_CHUNK = tl.constexpr(SIZE_CHUNK)
+_BLOCK = tl.constexpr(KEY_BLOCK)
+_NOWHERE = tl.constexpr(2**31 - 1)
 _NO_MASK = tl.constexpr(NO_MASK)
 _BOOL_MASK = tl.constexpr(BOOL_MASK)
+
+
+def size_chunks(size: int) -> int:
+    """Chunks of a head size; of 0 one, which adds nothing."""
+    return max(1, triton.cdiv(size, SIZE_CHUNK))
+
+
+@triton.jit
+def load_queries(q, at, there, size, CHUNKS: tl.constexpr):
+    """Rows of q in fp32, as a tuple of chunks [BM, 16] of the head size."""
+    chunks = ()
+    for c in tl.static_range(CHUNKS):
+        d = c * _CHUNK + tl.arange(0, _CHUNK)
+        held = there[:, None] & (d[None, :] < size)
+        chunk = tl.load(q + at[:, None] + d[None, :], mask=held, other=0.0)
+        chunks = chunks + (chunk.to(tl.float32),)  # noqa: RUF005
+    return chunks
+
+
+@triton.jit
+def _chain(chunk, k, at, there, size, c):
+    d = c * _CHUNK + tl.arange(0, _CHUNK)
+    held = there[None, :] & (d[:, None] < size)
+    tile = tl.load(k + at[None, :] + d[:, None], mask=held, other=0.0).to(tl.float32)
+    return tl.dot(chunk, tile, input_precision="ieee")
+
+
+@triton.jit
+def products(chunks, k, at, there, size, CHUNKS: tl.constexpr):
+    """Queries times keys, [BM, BN]: a chain for each chunk, the chains added ascending."""
+    s = _chain(chunks[0], k, at, there, size, 0)
+    ones = tl.full(s.shape, 1.0, tl.float32)
+    for c in tl.static_range(1, CHUNKS):
+        # The sum of both; of a plus Triton would make one chain that begins with s.
+        s = tl.fma(_chain(chunks[c], k, at, there, size, c), ones, s)
+    return s
+
+
+@triton.jit
+def _extend(
+    total, acc, p, absent, tile, infinite, v, at, there, v_size, CARE: tl.constexpr
+):  # fmt: skip
+    """The chains of weights and of weighted values, longer by BN keys.
+
+    CARE: a key that is absent adds nothing even if its value is infinite or NaN.
+    """
+    BM: tl.constexpr = p.shape[0]
+    BN: tl.constexpr = p.shape[1]
+    DV: tl.constexpr = acc.shape[1]
+    total = tl.dot(p, tl.full((BN, 16), 1.0, tl.float32), total, input_precision="ieee")
+    if infinite == 0:
+        acc = tl.dot(p, tile, acc, input_precision="ieee")
+    else:
+        # 0 * inf is not 0: the same chains, key by key, without those that take no part.
+        dv = tl.arange(0, DV)
+        for j in tl.range(0, BN):
+            chosen = tl.arange(0, BN) == j
+            weight = tl.sum(tl.where(chosen[None, :], p, 0.0), 1)
+            held = (dv < v_size) & (tl.sum(tl.where(chosen & there, 1, 0), 0) != 0)
+            value = tl.load(v + tl.sum(tl.where(chosen, at, 0), 0) + dv, mask=held, other=0.0)
+            more = tl.fma(
+                tl.broadcast_to(weight[:, None], (BM, DV)),
+                tl.broadcast_to(value.to(tl.float32)[None, :], (BM, DV)),
+                acc,
+            )
+            if CARE:
+                skipped = tl.max(tl.where(chosen[None, :] & absent, 1, 0), 1)
+                acc = tl.where(skipped[:, None] != 0, acc, more)
+            else:
+                acc = more
+    return total, acc
+
+
+@triton.jit
+def add_keys(
+    total, acc, block_total, block_acc, p, absent, v, at, there, v_size, cut,
+    ALIGNED: tl.constexpr, CARE: tl.constexpr,
+):  # fmt: skip
+    """Sums of weights and of weighted values, and those of the block that is not yet ended.
+
+    p: the weights [BM, BN] of the next BN keys, -0.0 where `absent`, which changes no chain of
+    finite values. at: where their values lie. cut: before which of the BN keys the block of a row
+    ends, if it is one of them. ALIGNED: all blocks end before the first of the BN keys, or none.
+    """
+    BN: tl.constexpr = p.shape[1]
+    dv = tl.arange(0, acc.shape[1])
+    held = there[:, None] & (dv[None, :] < v_size)
+    tile = tl.load(v + at[:, None] + dv[None, :], mask=held, other=0.0).to(tl.float32)
+    infinite = tl.max(tl.max(tl.where(tile - tile == 0.0, 0, 1), 1), 0)
+    if tl.min(cut, 0) < BN:
+        if not ALIGNED:
+            before = tl.arange(0, BN)[None, :] < cut[:, None]
+            block_total, block_acc = _extend(
+                block_total, block_acc, tl.where(before, p, -0.0), absent | ~before,
+                tile, infinite, v, at, there, v_size, True,
+            )  # fmt: skip
+            p = tl.where(before, -0.0, p)
+            absent = absent | before
+        ends = (cut < BN)[:, None]
+        total = tl.where(ends, total + block_total, total)
+        acc = tl.where(ends, acc + block_acc, acc)
+        block_total = tl.where(ends, 0.0, block_total)
+        block_acc = tl.where(ends, 0.0, block_acc)
+    block_total, block_acc = _extend(
+        block_total, block_acc, p, absent, tile, infinite, v, at, there, v_size, CARE
+    )
+    return total, acc, block_total, block_acc
 
 
 @triton.jit
@@ -37,16 +150,12 @@ def _scores(
     mask_row,
     mask_column,
     scale,
-    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Scores [BM, BN] in fp32, -inf where a key takes no part."""
-    d = tl.arange(0, D)
-    there = (key[None, :] < keys) & (d[:, None] < size)
-    at = key.to(tl.int64)[None, :] * k_row + d[:, None]
-    tile = tl.load(k + at, mask=there, other=0.0).to(tl.float32)
-    s = tl.dot(q, tile, input_precision="ieee") * scale
+    """Scores [BM, BN] in fp32, -inf where a key takes no part; and which ones a mask lets do so."""
+    s = products(q, k, key.to(tl.int64) * k_row, key < keys, size, CHUNKS) * scale
     takes_part = (key[None, :] < keys) & (row[:, None] < rows)
     if CAUSAL:
         takes_part = takes_part & (key[None, :] <= row[:, None])
@@ -59,7 +168,7 @@ def _scores(
             added = m.to(tl.float32)
             takes_part = takes_part & (added != float("-inf"))
             s = s + added
-    return tl.where(takes_part, s, float("-inf"))
+    return tl.where(takes_part, s, float("-inf")), takes_part
 
 
 @triton.jit(
@@ -74,70 +183,55 @@ def _attention_kernel(
     heads, group, rows, keys, size, v_size, blocks,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     task = tl.program_id(0).to(tl.int64)
     block, head, batch = task % blocks, task // blocks % heads, task // blocks // heads
     row = (block * BM + tl.arange(0, BM)).to(tl.int32)
-    d, dv = tl.arange(0, D), tl.arange(0, DV)
+    dv = tl.arange(0, DV)
     from_q = q + batch * q_batch + head * q_head
     from_k = k + batch * k_batch + head // group * k_head
     from_v = v + batch * v_batch + head // group * v_head
     from_mask = mask
     if MASK != _NO_MASK:
         from_mask = mask + batch * mask_batch + head * mask_head
-    there = (row[:, None] < rows) & (d[None, :] < size)
-    at = row.to(tl.int64)[:, None] * q_row + d[None, :]
-    tile_q = tl.load(from_q + at, mask=there, other=0.0).to(tl.float32)
+    tile_q = load_queries(from_q, row.to(tl.int64) * q_row, row < rows, size, CHUNKS)
     last = keys
     if CAUSAL:
         last = tl.minimum(keys, (block * BM + BM).to(tl.int32))
     top = tl.full((BM,), float("-inf"), tl.float32)
+    first = tl.zeros((BM,), tl.int32)
+    if MASK != _NO_MASK:
+        first += _NOWHERE
     for begin in tl.range(0, last, BN):
         key = begin + tl.arange(0, BN)
-        s = _scores(
+        s, takes_part = _scores(
             tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
-            scale, D, MASK, CAUSAL,
+            scale, CHUNKS, MASK, CAUSAL,
         )  # fmt: skip
         top = larger(top, tl.reduce(s, 1, larger))  # one NaN makes the row NaN
+        if MASK != _NO_MASK:
+            first = tl.minimum(first, tl.min(tl.where(takes_part, key[None, :], _NOWHERE), 1))
     total = tl.zeros((BM, 16), tl.float32)
     acc = tl.zeros((BM, DV), tl.float32)
-    ones = tl.full((BN, 16), 1.0, tl.float32)
+    block_total, block_acc = total, acc
     for begin in tl.range(0, last, BN):
         key = begin + tl.arange(0, BN)
-        s = _scores(
+        s, _ = _scores(
             tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
-            scale, D, MASK, CAUSAL,
+            scale, CHUNKS, MASK, CAUSAL,
         )  # fmt: skip
-        # A key that takes no part weighs -0.0, which changes no chain of finite values. The CPU
-        # reference, too, leaves out a key whose score overflowed to -inf.
+        # The CPU reference, too, leaves out a key whose score overflowed to -inf.
         absent = s == float("-inf")
         p = tl.where(absent, -0.0, exp(s - top[:, None], True))
-        total = tl.dot(p, ones, total, input_precision="ieee")
-        held = (key[:, None] < keys) & (dv[None, :] < v_size)
-        at_v = key.to(tl.int64)[:, None] * v_row + dv[None, :]
-        tile_v = tl.load(from_v + at_v, mask=held, other=0.0).to(tl.float32)
-        infinite = tl.max(tl.max(tl.where(tile_v - tile_v == 0.0, 0, 1), 1), 0)
-        if infinite == 0:
-            acc = tl.dot(p, tile_v, acc, input_precision="ieee")
-        else:
-            # 0 * inf is not 0: the same chains, key by key, without those that take no part.
-            for j in tl.range(0, BN):
-                chosen = (tl.arange(0, BN) == j)[None, :]
-                weight = tl.sum(tl.where(chosen, p, 0.0), 1)
-                skipped = tl.max(tl.where(chosen & absent, 1, 0), 1)
-                at_j = from_v + (begin + j) * v_row.to(tl.int64) + dv
-                value = tl.load(at_j, mask=(dv < v_size) & (begin + j < keys), other=0.0)
-                more = tl.fma(
-                    tl.broadcast_to(weight[:, None], (BM, DV)),
-                    tl.broadcast_to(value.to(tl.float32)[None, :], (BM, DV)),
-                    acc,
-                )
-                if CAUSAL or MASK != _NO_MASK:
-                    acc = tl.where(skipped[:, None] != 0, acc, more)
-                else:
-                    acc = more
+        total, acc, block_total, block_acc = add_keys(
+            total, acc, block_total, block_acc, p, absent, from_v, key.to(tl.int64) * v_row,
+            key < keys, v_size, (first - begin) & (_BLOCK - 1),
+            MASK == _NO_MASK, CAUSAL or MASK != _NO_MASK,
+        )  # fmt: skip
+    total += block_total
+    acc += block_acc
     whole = tl.reduce(total, 1, larger)  # its columns are equal
     none = top == float("-inf")
     divisor = tl.broadcast_to(tl.where(none, 1.0, whole)[:, None], (BM, DV))

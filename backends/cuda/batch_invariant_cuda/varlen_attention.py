@@ -16,9 +16,10 @@ from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.varlen_attention import check_arguments
 from batch_invariant.ops.varlen_definition import factor
 from batch_invariant.ops.varlen_layout import NAME, Layout, check_values
-from batch_invariant.order import serial, undeclared
+from batch_invariant.order import chunked, serial, undeclared
 from batch_invariant_cuda.attention import KERNELS as DENSE
 from batch_invariant_cuda.attention import refusal
+from batch_invariant_cuda.attention_chains import KEY_BLOCK
 from batch_invariant_cuda.attention_merge import BLOCK
 from batch_invariant_cuda.row_launch import Calls, kind_of
 from batch_invariant_cuda.varlen_call import Call
@@ -205,7 +206,11 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset(FLOATS),
-        order={torch.float32: serial(), torch.bfloat16: _BLOCKWISE, torch.float16: _BLOCKWISE},
+        order={
+            torch.float32: chunked(KEY_BLOCK, serial()),
+            torch.bfloat16: _BLOCKWISE,
+            torch.float16: _BLOCKWISE,
+        },
         supports=refusal,
     )
 }

@@ -1,7 +1,8 @@
 """Attention over sequences in fp32 on CUDA: the order of the contract, as in `attention_chains`.
 
 Two passes over the keys that some row of a tile sees: the exact maximum of the scores, then exp,
-denominator and weighted sum as chains of FMAs over ascending keys; the sink last.
+denominator and weighted sum over blocks of keys that count from the sequence's first; the sink
+last.
 """
 
 from __future__ import annotations
@@ -9,26 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from batch_invariant_cuda.attention_chains import KEY_BLOCK, add_keys, load_queries, products
 from batch_invariant_cuda.explog import exp, log
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import larger, rounded
 from batch_invariant_cuda.varlen_spans import keys_of, places, sequence_of_tile, walk
 
+_BLOCK = tl.constexpr(KEY_BLOCK)
+
 
 @triton.jit
 def _scores(
     q, k, key, low, high, table, begin, b, end, size, columns, page_size, pages,
-    k_batch, k_page, k_row, scale, cap, D: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
+    k_batch, k_page, k_row, scale, cap, CHUNKS: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Scores [BM, BN] in fp32, -inf where a key takes no part."""
-    d = tl.arange(0, D)
     there = key < end
     at = places(
         key, there, begin, b, table, columns, page_size, pages, k_batch, k_page, k_row, UNIT
     )
-    held = there[None, :] & (d[:, None] < size)
-    tile = tl.load(k + at[None, :] + d[:, None], mask=held, other=0.0).to(tl.float32)
-    s = tl.dot(q, tile, input_precision="ieee") * scale
+    s = products(q, k, at, there, size, CHUNKS) * scale
     if CAP:
         # tanh t = 1 - 2 / (e^2t + 1)
         twice = 2.0 * tl.div_rn(s, tl.full(s.shape, cap, tl.float32))
@@ -51,7 +52,7 @@ def _attention_kernel(
     sequences, queries, tokens, heads, group, capacity, size, v_size,
     columns, page_size, pages, window, q_batch, q_head, q_row, k_batch, k_page, k_head, k_row,
     v_batch, v_page, v_head, v_row, lse_batch, lse_head, scale, cap,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
@@ -67,23 +68,22 @@ def _attention_kernel(
     low, high = walk(end - count, row, first, end, window, CAUSAL, WINDOW)
     low = tl.where(valid, low, 2**31 - 1)
     high = tl.where(valid, high, 0)
-    d, dv = tl.arange(0, D), tl.arange(0, DV)
+    dv = tl.arange(0, DV)
     at = b.to(tl.int64) * q_batch + (q_begin + row).to(tl.int64) * q_row
     at = (at + head.to(tl.int64) * q_head) * UNIT
-    tile_q = tl.load(
-        q + at[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < size), other=0.0
-    ).to(tl.float32)
+    tile_q = load_queries(q, at, valid, size, CHUNKS)
     from_k = k + kv_head.to(tl.int64) * k_head * UNIT
     from_v = v + kv_head.to(tl.int64) * v_head * UNIT
     to_key = tl.max(high, 0)
     # Not beyond the end where no row is valid: loads ahead of the loop would overflow their place.
     from_key = tl.minimum(tl.min(low, 0), to_key)
+    from_key = first + (from_key - first) // BN * BN  # tiles do not straddle blocks
     top = tl.full((BM,), float("-inf"), tl.float32)
     for at_key in tl.range(from_key, to_key, BN):
         key = at_key + tl.arange(0, BN)
         s = _scores(
             tile_q, from_k, key, low, high, table, begin, b, end, size, columns, page_size, pages,
-            k_batch, k_page, k_row, scale, cap, D, CAP, UNIT,
+            k_batch, k_page, k_row, scale, cap, CHUNKS, CAP, UNIT,
         )  # fmt: skip
         top = larger(top, tl.reduce(s, 1, larger))  # one NaN makes the row NaN
     is_request = valid & (b < sequences)
@@ -93,40 +93,25 @@ def _attention_kernel(
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((BM, 16), tl.float32)
     acc = tl.zeros((BM, DV), tl.float32)
-    ones = tl.full((BN, 16), 1.0, tl.float32)
+    block_total, block_acc = total, acc
     for at_key in tl.range(from_key, to_key, BN):
         key = at_key + tl.arange(0, BN)
         s = _scores(
             tile_q, from_k, key, low, high, table, begin, b, end, size, columns, page_size, pages,
-            k_batch, k_page, k_row, scale, cap, D, CAP, UNIT,
+            k_batch, k_page, k_row, scale, cap, CHUNKS, CAP, UNIT,
         )  # fmt: skip
-        # A key that takes no part weighs -0.0, which changes no chain of finite values.
         absent = s == float("-inf")
         p = tl.where(absent, -0.0, exp(s - base[:, None], True))
-        total = tl.dot(p, ones, total, input_precision="ieee")
         there = key < end
         v_at = places(
             key, there, begin, b, table, columns, page_size, pages, v_batch, v_page, v_row, UNIT
         )
-        held = there[:, None] & (dv[None, :] < v_size)
-        tile_v = tl.load(from_v + v_at[:, None] + dv[None, :], mask=held, other=0.0).to(tl.float32)
-        infinite = tl.max(tl.max(tl.where(tile_v - tile_v == 0.0, 0, 1), 1), 0)
-        if infinite == 0:
-            acc = tl.dot(p, tile_v, acc, input_precision="ieee")
-        else:
-            # 0 * inf is not 0: the same chains, key by key, without those that take no part.
-            for j in tl.range(0, BN):
-                chosen = tl.arange(0, BN) == j
-                weight = tl.sum(tl.where(chosen[None, :], p, 0.0), 1)
-                skipped = tl.max(tl.where(chosen[None, :] & absent, 1, 0), 1)
-                of_j = from_v + tl.sum(tl.where(chosen, v_at, 0), 0) + dv
-                value = tl.load(of_j, mask=(dv < v_size) & (at_key + j < end), other=0.0)
-                more = tl.fma(
-                    tl.broadcast_to(weight[:, None], (BM, DV)),
-                    tl.broadcast_to(value.to(tl.float32)[None, :], (BM, DV)),
-                    acc,
-                )
-                acc = tl.where(skipped[:, None] != 0, acc, more)
+        total, acc, block_total, block_acc = add_keys(
+            total, acc, block_total, block_acc, p, absent, from_v, v_at, there, v_size,
+            tl.where((at_key - first) % _BLOCK == 0, row * 0, BN), True, True,
+        )  # fmt: skip
+    total += block_total
+    acc += block_acc
     whole = tl.reduce(total, 1, larger)  # its columns are equal
     if sinks is not None:
         whole = whole + tl.where(is_request, exp(sink - base, True), 0.0)
