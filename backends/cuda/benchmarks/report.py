@@ -13,7 +13,11 @@ import triton
 
 
 def make(
-    name: str, doc: str | None, lines: Mapping[str, Callable[[], Any]], **more: Callable[[], Any]
+    name: str,
+    doc: str | None,
+    lines: Mapping[str, Callable[[], Any]],
+    unit: str = "us, CUDA-graph replay",
+    **more: Callable[[], Any],
 ) -> None:
     """Measures every line, then `more`, and writes all of it to the file that --out names."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
@@ -30,7 +34,7 @@ def make(
         "torch": torch.__version__,
         "triton": triton.__version__,
         "device": torch.cuda.get_device_name(),
-        "unit": "us, CUDA-graph replay",
+        "unit": unit,
         "lines": found,
         **{key: measure() for key, measure in more.items()},
     }
