@@ -106,7 +106,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 def test_bits_are_those_of_the_declared_order(dtype: torch.dtype, kind: str) -> None:
     for heads, length, keys, size, v_size in (
         (3, 1, 1, 1, 1), (1, 1, 300, 64, 64), (2, 5, 7, 24, 20), (1, 40, 33, 64, 80),
-        (2, 3, 530, 300, 5), (4, 17, 40, 16, 96),
+        (2, 3, 530, 300, 5), (4, 17, 40, 16, 96), (2, 9, 400, 4, 16),
     ):  # fmt: skip
         q = draw(1, heads, length, size, dtype=dtype)
         k, v = draw(1, 1, keys, size, dtype=dtype), draw(1, 1, keys, v_size, dtype=dtype)
