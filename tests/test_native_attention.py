@@ -77,19 +77,17 @@ def replay_attention(
 ) -> torch.Tensor:
     """The order that attention.cpp states, for q [L, E], k [S, E], v [S, Ev] and mask [L, S]."""
     score = (replay_chunks(q, k, 16) * torch.tensor(scale, dtype=torch.float32)).numpy()
-    if mask is not None and mask.dtype == torch.bool:
-        score = np.where(mask.numpy(), score, np.float32(-np.inf))
-    elif mask is not None:
-        added = mask.float().numpy()
-        score = np.where(added == -np.inf, added, score + added)
-    allowed = np.ones(score.shape, bool)
+    first = np.zeros(len(score), int)
     if mask is not None:
-        allowed = (mask if mask.dtype == torch.bool else mask != -INF).numpy()
+        added = mask.float().log().numpy() if mask.dtype == torch.bool else mask.float().numpy()
+        score = np.where(added == -np.inf, added, score + added)
+        far = added < added.max(1, keepdims=True) - np.float32(1e4)
+        first = ((added != -np.inf) & ~far).argmax(1)
     present = score != -np.inf
     top = score.max(1, keepdims=True)
     with np.errstate(invalid="ignore"):
         weight = exp32(score - top)
-    total, acc = replay_weighted(weight, v.float().numpy(), present, allowed.argmax(1), 128)
+    total, acc = replay_weighted(weight, v.float().numpy(), present, first, 128)
     with np.errstate(invalid="ignore"):
         out = np.where(present.any(1, keepdims=True), acc / total + np.float32(0), np.float32(0))
     return torch.from_numpy(out).to(q.dtype)
@@ -102,7 +100,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", ["", "causal", "bool", "late", "additive", "float32"])
+@pytest.mark.parametrize("kind", ["", "causal", "bool", "late", "far", "additive", "float32"])
 def test_bits_are_those_of_the_declared_order(dtype: torch.dtype, kind: str) -> None:
     for heads, length, keys, size, v_size in (
         (3, 1, 1, 1, 1), (1, 1, 300, 64, 64), (2, 5, 7, 24, 20), (1, 40, 33, 64, 80),
@@ -117,6 +115,11 @@ def test_bits_are_those_of_the_declared_order(dtype: torch.dtype, kind: str) -> 
         elif kind == "late":  # the blocks of every row begin at another key
             begins = torch.arange(length)[:, None] * 37 % keys
             mask = (torch.arange(keys) >= begins).expand(1, heads, length, keys)
+        elif kind == "far":  # the blocks of every row begin at its first -9e3
+            mask, ends = torch.zeros(length, keys), torch.arange(length)[:, None] * 37 % keys
+            for part, low in ((4, -9e3), (3, -1.1e4), (2, -1e9), (1, torch.finfo(dtype).min)):
+                mask = mask.masked_fill(torch.arange(keys) < ends * part // 4, low)
+            mask = mask.to(dtype).expand(1, heads, length, keys)
         elif kind in ("additive", "float32"):
             mask = torch.randn(1, heads, length, keys, generator=g)
             mask = mask.masked_fill(mask > 0.8, -INF)
@@ -178,14 +181,16 @@ def test_prefill_chunks_and_decode_agree(dtype: torch.dtype) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("additive", [False, True])
-def test_padding_on_either_side_does_not_matter(dtype: torch.dtype, additive: bool) -> None:
+@pytest.mark.parametrize("kind", ["bool", "-inf", "-1e9", "lowest"])
+def test_padding_on_either_side_does_not_matter(dtype: torch.dtype, kind: str) -> None:
     length, size = 150, 64
     q = draw(1, 3, length, size, dtype=dtype)
     k, v = (draw(1, 1, length, size, dtype=dtype, seed=seed) for seed in (1, 2))
     want, lse = attention(q, k, v, causal=True)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     for left, right, fill in ((1, 0, 7.0), (5, 300, 1.0), (31, 2, INF), (290, 1, math.nan)):
+        if kind in ("-1e9", "lowest"):  # these keys take part, with a weight of zero
+            fill = fill if math.isfinite(fill) else -3.0
         keys = left + length + right
         padded_k = torch.full((1, 1, keys, size), fill, dtype=dtype)
         padded_v = torch.full((1, 1, keys, size), fill, dtype=dtype)
@@ -193,8 +198,10 @@ def test_padding_on_either_side_does_not_matter(dtype: torch.dtype, additive: bo
         padded_k[:, :, inside], padded_v[:, :, inside] = k, v
         mask = torch.zeros(length, keys, dtype=torch.bool)
         mask[:, inside] = causal
-        if additive:
-            mask = torch.zeros(mask.shape).masked_fill(~mask, -INF).to(dtype)
+        if kind != "bool":
+            low = torch.finfo(dtype).min if kind == "lowest" else float(kind)
+            mask = torch.zeros(mask.shape).masked_fill(~mask, low)
+            mask = mask if kind == "-1e9" else mask.to(dtype)  # in fp16 it is an infinity
         for shape in ((length, keys), (1, 1, length, keys)):
             out, got_lse = attention(q, padded_k, padded_v, mask.view(shape))
             assert same(out, want)

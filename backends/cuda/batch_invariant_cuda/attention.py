@@ -89,22 +89,23 @@ def _chains(
 ) -> None:
     batch, heads, rows, size = q.shape
     keys, v_size = v.shape[2:]
-    kind = NO_MASK
+    kind, first, strides, firsts = NO_MASK, None, (0, 0, 0, 0), (0, 0, 0)
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
-        mask = mask.expand(batch, heads, rows, keys)
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
+        first, _ = _first_keys(mask.expand(-1, -1, rows, keys), None, False)
+        strides = mask.expand(batch, heads, rows, keys).stride()
+        firsts = first.expand(batch, heads, -1).stride()
     wide = max(size, v_size) > 64
     block = 16 if rows <= 16 or wide else 32
     at_once = KEYS // 2 if max(size, v_size) > 128 else KEYS  # some GPUs have 99 KiB for a program
     blocks = -(-rows // block)
     attention_chains(
         batch * heads * blocks,
-        (q, k, v, mask, out, lse),
+        (q, k, v, mask, first, out, lse),
         (
             heads, heads // max(k.size(1), 1), rows, keys, size, v_size, max(blocks, 1),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *((0, 0, 0, 0) if mask is None else mask.stride()), factor,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *firsts, factor,
         ),
         (block, at_once, size_chunks(size), padded_size(v_size), kind, is_causal),
         8 if wide else 4,
@@ -241,22 +242,31 @@ def _kept(
     return again
 
 
+def _first_keys(
+    mask: torch.Tensor, added: torch.Tensor | None, planned: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The first key of each row of a mask, whose booleans are uint8, and the plan of each head.
+
+    added: where to write what booleans add to the scores.
+    """
+    first = torch.empty(mask.shape[:3], dtype=torch.int32, device=mask.device)
+    plan = empty_plan(first) if planned else None
+    numbers, static = (*mask.shape[1:], *mask.stride()), (mask.dtype == torch.uint8,)
+    prepare_mask(first.numel(), (mask, added, first, plan), numbers, static, 4)
+    if plan is not None:
+        plan_rows(plan[..., 0].numel(), (first, plan), (mask.size(2),), (), 4)
+    return first, plan
+
+
 def _prepared(
     mask: torch.Tensor, q: torch.Tensor, keys: int, planned: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What is added to the scores, the first key of each row, and the plan of each head."""
     given = mask.expand(-1, -1, q.size(2), keys)
-    is_bool = mask.dtype == torch.bool
-    if is_bool:
+    if mask.dtype == torch.bool:
         given = given.view(torch.uint8)
         mask = torch.empty(given.shape, dtype=q.dtype, device=q.device)
-    first = torch.empty(given.shape[:3], dtype=torch.int32, device=q.device)
-    plan = empty_plan(first) if planned else None
-    numbers = (given.size(1), q.size(2), keys, *given.stride())
-    prepare_mask(first.numel(), (given, mask, first, plan), numbers, (is_bool,), 4)
-    if plan is not None:
-        plan_rows(plan[..., 0].numel(), (first, plan), (q.size(2),), (), 4)
-    return mask, first, plan
+    return mask, *_first_keys(given, mask, planned)
 
 
 def _blocks(

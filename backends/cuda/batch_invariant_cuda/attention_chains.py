@@ -1,9 +1,11 @@
 """Attention in fp32 on CUDA: the order of the contract, the bits of the CPU reference.
 
 Two passes over the keys: the exact maximum of the scores, then exp, denominator and weighted sum.
-Every product is a sum of chains of fp32 FMAs over ascending positions (Triton's IEEE dot): over 16
-places of the head size, over 128 keys. The first 128 begin with the first key that a row attends
-to, so it depends neither on the tile, nor on how many rows are computed together, nor on padding.
+Dot products are added over chunks of 16 of the head size, weights and weighted values over blocks
+of 128 keys. Each chunk and each block is a chain of fp32 FMAs (Triton's IEEE dot) in ascending
+order, and so are their sums added. Under a mask, blocks are counted from the first key of each row,
+which `attention_plan` finds. So a row's bits depend neither on the tile, nor on how many rows are
+computed together, nor on padding.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ ADDITIVE_MASK = 2
 
 _CHUNK = tl.constexpr(SIZE_CHUNK)
 _BLOCK = tl.constexpr(KEY_BLOCK)
-_NOWHERE = tl.constexpr(2**31 - 1)
 _NO_MASK = tl.constexpr(NO_MASK)
 _BOOL_MASK = tl.constexpr(BOOL_MASK)
 
@@ -110,6 +111,7 @@ def add_keys(
     p: the weights [BM, BN] of the next BN keys, -0.0 where `absent`, which changes no chain of
     finite values. at: where their values lie. cut: before which of the BN keys the block of a row
     ends, if it is one of them. ALIGNED: all blocks end before the first of the BN keys, or none.
+    `varlen_chains` counts blocks from the sequence's first key, so all of its rows are aligned.
     """
     BN: tl.constexpr = p.shape[1]
     dv = tl.arange(0, acc.shape[1])
@@ -154,7 +156,7 @@ def _scores(
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Scores [BM, BN] in fp32, -inf where a key takes no part; and which ones a mask lets do so."""
+    """Scores [BM, BN] in fp32, -inf where a key takes no part."""
     s = products(q, k, key.to(tl.int64) * k_row, key < keys, size, CHUNKS) * scale
     takes_part = (key[None, :] < keys) & (row[:, None] < rows)
     if CAUSAL:
@@ -168,21 +170,22 @@ def _scores(
             added = m.to(tl.float32)
             takes_part = takes_part & (added != float("-inf"))
             s = s + added
-    return tl.where(takes_part, s, float("-inf")), takes_part
+    return tl.where(takes_part, s, float("-inf"))
 
 
 @triton.jit(
     do_not_specialize=[
         "heads", "group", "rows", "keys", "size", "v_size", "blocks",
         "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-        "mask_batch", "mask_head", "mask_row", "mask_column", "scale",
+        "mask_batch", "mask_head", "mask_row", "mask_column",
+        "first_batch", "first_head", "first_row", "scale",
     ]
 )  # fmt: skip
 def _attention_kernel(
-    q, k, v, mask, out, lse,
+    q, k, v, mask, first, out, lse,
     heads, group, rows, keys, size, v_size, blocks,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    mask_batch, mask_head, mask_row, mask_column, scale,
+    mask_batch, mask_head, mask_row, mask_column, first_batch, first_head, first_row, scale,
     BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -194,31 +197,29 @@ def _attention_kernel(
     from_k = k + batch * k_batch + head // group * k_head
     from_v = v + batch * v_batch + head // group * v_head
     from_mask = mask
+    base = tl.zeros((BM,), tl.int32)  # the key from which blocks are counted
     if MASK != _NO_MASK:
         from_mask = mask + batch * mask_batch + head * mask_head
+        from_first = first + batch * first_batch + head * first_head
+        base = tl.load(from_first + row.to(tl.int64) * first_row, mask=row < rows, other=0)
     tile_q = load_queries(from_q, row.to(tl.int64) * q_row, row < rows, size, CHUNKS)
     last = keys
     if CAUSAL:
         last = tl.minimum(keys, (block * BM + BM).to(tl.int32))
     top = tl.full((BM,), float("-inf"), tl.float32)
-    first = tl.zeros((BM,), tl.int32)
-    if MASK != _NO_MASK:
-        first += _NOWHERE
     for begin in tl.range(0, last, BN):
         key = begin + tl.arange(0, BN)
-        s, takes_part = _scores(
+        s = _scores(
             tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
             scale, CHUNKS, MASK, CAUSAL,
         )  # fmt: skip
         top = larger(top, tl.reduce(s, 1, larger))  # one NaN makes the row NaN
-        if MASK != _NO_MASK:
-            first = tl.minimum(first, tl.min(tl.where(takes_part, key[None, :], _NOWHERE), 1))
     total = tl.zeros((BM, 16), tl.float32)
     acc = tl.zeros((BM, DV), tl.float32)
     block_total, block_acc = total, acc
     for begin in tl.range(0, last, BN):
         key = begin + tl.arange(0, BN)
-        s, _ = _scores(
+        s = _scores(
             tile_q, from_k, from_mask, row, key, rows, keys, size, k_row, mask_row, mask_column,
             scale, CHUNKS, MASK, CAUSAL,
         )  # fmt: skip
@@ -227,7 +228,7 @@ def _attention_kernel(
         p = tl.where(absent, -0.0, exp(s - top[:, None], True))
         total, acc, block_total, block_acc = add_keys(
             total, acc, block_total, block_acc, p, absent, from_v, key.to(tl.int64) * v_row,
-            key < keys, v_size, (first - begin) & (_BLOCK - 1),
+            key < keys, v_size, (base - begin) & (_BLOCK - 1),
             MASK == _NO_MASK, CAUSAL or MASK != _NO_MASK,
         )  # fmt: skip
     total += block_total

@@ -23,7 +23,8 @@ ROWS = 128  # of a tile of `attention_hopper`
 _ROWS = tl.constexpr(ROWS)
 _NOWHERE = tl.constexpr(2**31 - 1)
 # Masks are also written as the lowest number of a dtype. A key this far below the row's largest
-# addend is not where the row's keys begin; it is added all the same, before them.
+# addend is not where the row's keys begin; it is added all the same, before them. The CPU
+# reference has the same number.
 _FAR = tl.constexpr(1e4)
 
 
@@ -41,8 +42,9 @@ def _mask_kernel(
 
     And the end of its keys for a plan, -1 where they are not one run to which nothing is added.
 
-    A boolean mask is also written as what is added to the scores: a load of single bytes among the
-    operands of a product changes which terms the matrix units add in one step.
+    Where there is room for it, a boolean mask is also written as what is added to the scores: a
+    load of single bytes among the operands of a product changes which terms the matrix units add
+    in one step.
     """
     task = tl.program_id(0).to(tl.int64)
     row, head, batch = task % rows, task // rows % heads, task // rows // heads
@@ -68,8 +70,9 @@ def _mask_kernel(
         if BOOL:
             here = m != 0
             on = here & there
-            y = tl.where(here, 0.0, float("-inf")).to(added.dtype.element_ty)
-            tl.store(added + task * keys + key, y, mask=there)
+            if added is not None:
+                y = tl.where(here, 0.0, float("-inf")).to(added.dtype.element_ty)
+                tl.store(added + task * keys + key, y, mask=there)
         else:
             m = m.to(tl.float32)
             here = (m != float("-inf")) & ~(m < least)

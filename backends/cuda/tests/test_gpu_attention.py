@@ -69,7 +69,7 @@ def added(mask: torch.Tensor, dtype: torch.dtype, low: float = -math.inf) -> tor
     return torch.zeros(mask.shape, device="cuda").masked_fill(~mask, low).to(dtype)
 
 
-@pytest.mark.parametrize("mask", ["", "bool", "additive", "causal"])
+@pytest.mark.parametrize("mask", ["", "bool", "-inf", "-1e9", "lowest", "causal"])
 def test_fp32_has_the_bits_of_the_cpu(mask: str) -> None:
     generator = torch.Generator().manual_seed(3)
     for heads, kv_heads, rows, keys, size in (
@@ -78,15 +78,16 @@ def test_fp32_has_the_bits_of_the_cpu(mask: str) -> None:
         q = torch.randn(2, heads, rows, size, generator=generator)
         k, v = (torch.randn(2, kv_heads, keys, size, generator=generator) for _ in "kv")
         attn_mask = None
-        if mask in ("bool", "additive"):
+        if mask not in ("", "causal"):
             keep = torch.rand(2, 1, rows, keys, generator=generator) > 0.3
-            keep[0, 0, 0] = False
-            v[0, 0, 3, 1] = math.inf
-            k[0, 0, 3] = math.nan
-            keep[0, 0, :, 3] = False
+            keep[..., : keys // 3], keep[0, 0, :, keys // 2], keep[0, 0, 0] = False, False, False
+            if mask in ("bool", "-inf"):  # what is masked by a finite number takes part
+                v[0, 0, keys // 2, 1] = math.inf
+                k[0, 0, keys // 2] = math.nan
             attn_mask = keep
-            if mask == "additive":
-                attn_mask = torch.zeros(keep.shape).masked_fill(~keep, -math.inf)
+            if mask != "bool":
+                low = torch.finfo(torch.float32).min if mask == "lowest" else float(mask)
+                attn_mask = torch.zeros(keep.shape).masked_fill(~keep, low)
         args = (q, k, v, attn_mask)
         on_cpu = CPU(*args, 0.0, mask == "causal", enable_gqa=heads != kv_heads)
         gpu = [a if a is None else a.cuda() for a in args]

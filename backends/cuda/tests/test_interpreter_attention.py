@@ -74,6 +74,9 @@ infinite = v.clone()
 infinite[0, 0, 3] = math.inf
 same("infinite values", masked, attend(q, k, infinite, mask))
 same("lowest numbers", masked, attend(q, k, v, low))
+large = torch.where(mask, 0.0, -1e9)
+large[0, 0, 0] = -math.inf
+same("lowest numbers, -1e9", masked, attend(q, k, v, large))
 for pad in (1, 70):
     more_k, more_v = torch.cat([draw(1, 2, pad, 24), k], 2), torch.cat([draw(1, 2, pad, 40), v], 2)
     off = torch.zeros(1, 1, 5, pad, dtype=torch.bool)

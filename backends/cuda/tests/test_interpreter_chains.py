@@ -26,7 +26,9 @@ from batch_invariant import cpu
 from batch_invariant.ops import varlen_cases
 from batch_invariant.ops.bits import mismatch
 from batch_invariant.ops.contract import Data, Draw
-from batch_invariant_cuda import attention, attention_chains, varlen_attention
+from batch_invariant_cuda import (
+    attention, attention_chains, attention_plan, varlen_attention,
+)
 
 
 def fma(x, y, z):  # rounded twice, which these numbers do not show
@@ -45,10 +47,13 @@ InterpreterBuilder.create_dot = chains
 InterpreterBuilder.create_fma = lambda self, x, y, z: TensorHandle(
     fma(x.data, y.data, z.data), z.dtype.scalar
 )
-KINDS, CASES = ("all", "causal", "late", "bool", "additive"), varlen_cases.CASES
-if "broken" in sys.argv:
+KINDS, CASES = ("all", "causal", "late", "bool", "additive", "far"), varlen_cases.CASES
+if "blocks" in sys.argv:
     attention_chains._BLOCK = tl.constexpr(64)
     KINDS, CASES = KINDS[:3], ()
+if "masks" in sys.argv:
+    attention_plan._FAR = tl.constexpr(math.inf)
+    KINDS, CASES = KINDS[-2:], ()
 ON_CPU = cpu.CpuBackend().kernels()
 generator = torch.Generator().manual_seed(3)
 
@@ -73,6 +78,10 @@ for kind, (heads, kv_heads, rows, keys, size) in itertools.product(
     mask = None
     if kind == "late":  # the blocks of every row begin at another key
         mask = torch.arange(keys) >= (torch.arange(rows) * 37 % keys)[:, None]
+    elif kind == "far":  # at the first -9e3
+        mask, ends = torch.zeros(rows, keys), (100 + torch.arange(rows)[:, None] * 37) % keys
+        for part, low in ((4, -9e3), (3, -1.1e4), (2, -1e9), (1, torch.finfo(torch.float32).min)):
+            mask = mask.masked_fill(torch.arange(keys) < ends * part // 4, low)
     elif kind in ("bool", "additive"):
         mask = torch.rand(2, 1, rows, keys, generator=generator) > 0.3
         mask[0, 0, -1], mask[0, 0, :, 3] = False, False
@@ -96,6 +105,13 @@ def test_fp32_has_the_order_of_the_cpu() -> None:
 
 def test_other_blocks_are_seen() -> None:
     """Negative control: blocks of 64 keys. They show wherever a row sees more than 64."""
-    found = printed(_PROGRAM, "broken")
+    found = printed(_PROGRAM, "blocks")
     assert {"all: 1 of 300", "causal: 150 of 150", "late: 5 of 257"} <= set(found)
     assert not any("of 33" in line for line in found)
+
+
+def test_blocks_from_a_key_of_no_weight_are_seen() -> None:
+    """Negative control: blocks that begin at any addend but -inf."""
+    found = printed(_PROGRAM, "masks")
+    assert {"far: 1 of 300", "far: 5 of 257", "far: 150 of 150"} <= set(found)
+    assert all("far" in line for line in found)

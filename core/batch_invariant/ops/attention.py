@@ -4,8 +4,10 @@ Order, for every query row on its own: scores as fp32 sums over chunks of 16 of 
 each a serial chain; the exact maximum; exp; the denominator and the weighted sum of values over
 blocks of 128 keys, ascending, in each a serial chain; one division; one rounding. Keys that are
 masked add nothing, whatever they hold, and blocks are counted from the first key that the mask lets
-a row see. So the result does not depend on left or right padding, nor on how many query rows are
-computed together. In float64 both sums are one chain.
+a row see. Of additive masks that is the first key whose addend is not more than 1e4 below the row's
+largest. So the result does not depend on left or right padding, nor on how many query rows are
+computed together. A masked key between others keeps its place: taking it out may change bits. In
+float64 every sum is one chain.
 """
 
 from __future__ import annotations

@@ -7,16 +7,20 @@
 //     again; the score is -inf where the mask is false or -inf or where causality, the window or
 //     the length of the sequence forbids j;
 //   top = the largest score, exactly, a sink being one more; p[j] = exp(score[j] - top) (math.h);
-//   total = the sum of p over blocks of KEY_BLOCK keys, ascending from +0, of each the serial sum
-//     over ascending j from +0; behind them exp(sink - top); acc[d] = in the same blocks the sum of
-//     the serial FMA chains of p[j] V[j, d]. The first block begins at the first key of the
-//     sequence or, under a mask, at the first key that it lets the row see;
+//   total = for each block of KEY_BLOCK keys a serial sum of p over ascending j from +0; the blocks
+//     are added in ascending order from +0, and last exp(sink - top);
+//   acc[d] = for each of these blocks a serial FMA chain of p[j] V[j, d] from +0, added likewise;
 //   out[d] = acc[d] / total + 0, rounded once; lse = log(total) + top.
-// A key whose score is -inf takes no part, whatever K and V hold there. A row without any other key
-// and without a sink gives zeros and an lse of -inf. Every NaN is written as the one quiet NaN.
+// Blocks are counted from the first key of the sequence or, under a mask, from the first key whose
+// addend is not more than FAR below the largest one of the row (keys before that one make blocks
+// of their own). A key whose score is -inf takes no part, whatever K and V hold there. A row without
+// any other key and without a sink gives zeros and an lse of -inf. Every NaN is written as the one
+// quiet NaN.
 //
-// So a row's bits depend on its own query and on the keys that take part in their order: not on the
-// batch, the head, the number of queries, padding on either side, pages, strides or threads.
+// So a row's bits depend on its own query, on the keys that take part, and on their places behind
+// the key from which blocks are counted: not on the batch, the head, the number of queries, padding
+// on either side, pages, strides or threads. A masked key between others adds nothing and keeps its
+// place: without it, later keys may be in other blocks.
 #include "gemm.h"
 #include "math.h"
 #include "parallel.h"
@@ -78,6 +82,8 @@ constexpr u32 ABSENT_BITS = 0x80000000u;
 // One chain over a long row would round every term at the size of the whole sum.
 constexpr i64 SIZE_CHUNK = 16;
 constexpr i64 KEY_BLOCK = 128;
+// Masks are also written with finite numbers, down to the lowest one of a dtype.
+constexpr float FAR = 1e4f;
 
 constexpr i64 WEIGHT_BYTES = 384 << 10;  // of the weights of a task: they stay in the L2 cache
 constexpr i64 MIN_ROWS = 12, MAX_ROWS = 48;
@@ -187,17 +193,30 @@ struct Attention {
     i64 bytes = g.mask_kind == BOOL_MASK ? 1 : bytes_of(g.mask_dtype);
     Sight found{first(r, r.query(row)), last(r, r.query(row)), g.mask + at * bytes,
                 r.sequence.first};
-    if (g.mask_kind != NO_MASK) {
-      i64 end = found.last + 1;
-      while (found.base < end) {
-        i64 n = min(end - found.base, 16), lane = 0;
-        i32x16 hidden = mask(found, found.base, n) == -INF;
-        while (lane < n && hidden[lane]) lane++;
-        found.base += lane;
-        if (lane < n) break;
-      }
-    }
+    if (g.mask_kind != NO_MASK) found.base = first_shown(found);
     return found;
+  }
+
+  // The key from which a mask's blocks of a row are counted, the one behind the last if all are
+  // masked. A NaN is not far below anything.
+  i64 first_shown(const Sight& sight) const {
+    i64 end = sight.last + 1, key = 0;
+    f32x16 top = splat(-INF);
+    for (; key < end; key += 16) {
+      i64 n = min(end - key, 16);
+      f32x16 added = mask(sight, key, n);
+      top = ((added > top) & (LANE < static_cast<i32>(n))) ? added : top;
+    }
+    f32x16 least = splat(largest(top) - FAR);
+    for (key = 0; key < end;) {
+      i64 n = min(end - key, 16), lane = 0;
+      f32x16 added = mask(sight, key, n);
+      i32x16 hidden = (added == -INF) | (added < least);
+      while (lane < n && hidden[lane]) lane++;
+      key += lane;
+      if (lane < n) break;
+    }
+    return key;
   }
 
   // What the mask adds to the scores of the `n` keys from `key` on: -inf where it lets none be seen.
