@@ -150,9 +150,10 @@ def test_a_shared_prefix_and_its_copy_agree() -> None:
     assert same(out[1], want)
 
 
-def test_a_page_in_the_wrong_place_is_seen() -> None:
+@every_dtype
+def test_a_page_in_the_wrong_place_is_seen(dtype: torch.dtype) -> None:
     """Negative control: the comparisons above fail if two pages change places."""
-    q, k, v = drawn(4, 100, torch.float32)
+    q, k, v = drawn(20, 100, dtype)
     paged = pages_of([(k, v)], 16)
     assert same(bi.attention(q[None], **paged)[0], alone(q, k, v)[0])
     paged["block_table"][0, :2] = paged["block_table"][0, :2].flip(0)

@@ -27,7 +27,7 @@ from batch_invariant.ops import varlen_cases
 from batch_invariant.ops.bits import mismatch
 from batch_invariant.ops.contract import Data, Draw
 from batch_invariant_cuda import (
-    attention, attention_chains, attention_plan, varlen_attention,
+    attention, attention_chains, attention_plan, varlen_attention, varlen_chains,
 )
 
 
@@ -49,8 +49,8 @@ InterpreterBuilder.create_fma = lambda self, x, y, z: TensorHandle(
 )
 KINDS, CASES = ("all", "causal", "late", "bool", "additive", "far"), varlen_cases.CASES
 if "blocks" in sys.argv:
-    attention_chains._BLOCK = tl.constexpr(64)
-    KINDS, CASES = KINDS[:3], ()
+    attention_chains._BLOCK = varlen_chains._BLOCK = tl.constexpr(64)
+    KINDS, CASES = KINDS[:3], CASES[:2]
 if "masks" in sys.argv:
     attention_plan._FAR = tl.constexpr(math.inf)
     KINDS, CASES = KINDS[-2:], ()
@@ -107,6 +107,7 @@ def test_other_blocks_are_seen() -> None:
     """Negative control: blocks of 64 keys. They show wherever a row sees more than 64."""
     found = printed(_PROGRAM, "blocks")
     assert {"all: 1 of 300", "causal: 150 of 150", "late: 5 of 257"} <= set(found)
+    assert "2/2 heads x 64, 1 of 1029" in found
     assert not any("of 33" in line for line in found)
 
 
