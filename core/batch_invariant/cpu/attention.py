@@ -20,6 +20,7 @@ from batch_invariant.order import chunked, serial
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = range(3)
+KEY_BLOCK = 128  # of native/attention.cpp
 # AttentionArgs of native/attention.cpp
 _pack = struct.Struct("=8qQ3qQ3qQ3q2qQ4qQ3qQ3q2qd").pack
 
@@ -151,7 +152,7 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order={**dict.fromkeys(FLOATS, chunked(128, serial())), torch.float64: serial()},
+        order={**dict.fromkeys(FLOATS, chunked(KEY_BLOCK, serial())), torch.float64: serial()},
         portable=frozenset(FLOATS),
     )
 }

@@ -10,6 +10,7 @@ import torch
 
 from batch_invariant.backend import Kernel
 from batch_invariant.cpu import native
+from batch_invariant.cpu.attention import KEY_BLOCK
 from batch_invariant.cpu.matmul import product
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
@@ -160,7 +161,7 @@ KERNELS = {
         fn=_attention,
         guarantee=Guarantee.SCHEDULE,
         dtypes=frozenset((*FLOATS, torch.float64)),
-        order={**dict.fromkeys(FLOATS, chunked(128, serial())), torch.float64: serial()},
+        order={**dict.fromkeys(FLOATS, chunked(KEY_BLOCK, serial())), torch.float64: serial()},
         portable=frozenset(FLOATS),
     )
 }
