@@ -6,7 +6,7 @@ values over blocks of 128 keys, by position in the sequence, ascending, in each 
 the keys that take part; the sink last; one division; one rounding. Keys that take no part add
 nothing, whatever they hold. So a query has the same bits in prefill, in any chunk of a prefill, in
 decode, behind a cached prefix, at any page size, packed or padded, beside any others. In float64
-both sums are one chain.
+every sum is one chain.
 """
 
 from __future__ import annotations
