@@ -30,10 +30,10 @@ from batch_invariant_cuda.attention_chains import (
     ADDITIVE_MASK,
     BOOL_MASK,
     KEY_BLOCK,
-    KEYS,
     NO_MASK,
     attention_chains,
     size_chunks,
+    tile_of,
 )
 from batch_invariant_cuda.attention_merge import BLOCK, EXTRA, combine
 from batch_invariant_cuda.attention_plan import empty_plan, plan_rows, prepare_mask
@@ -96,9 +96,7 @@ def _chains(
         first, _ = _first_keys(mask.expand(-1, -1, rows, keys), None, False)
         strides = mask.expand(batch, heads, rows, keys).stride()
         firsts = first.expand(batch, heads, -1).stride()
-    wide = max(size, v_size) > 64
-    block = 16 if rows <= 16 or wide else 32
-    at_once = KEYS // 2 if max(size, v_size) > 128 else KEYS  # some GPUs have 99 KiB for a program
+    block, at_once, warps = tile_of(rows, max(size, v_size), mask is not None)
     blocks = -(-rows // block)
     attention_chains(
         batch * heads * blocks,
@@ -108,7 +106,7 @@ def _chains(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides, *firsts, factor,
         ),
         (block, at_once, size_chunks(size), padded_size(v_size), kind, is_causal),
-        8 if wide else 4,
+        warps,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 
 from batch_invariant_cuda.attention import Tile, padded_size, run_of, tile
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, NOBODY
-from batch_invariant_cuda.attention_chains import KEYS, size_chunks
+from batch_invariant_cuda.attention_chains import size_chunks, tile_of
 from batch_invariant_cuda.attention_merge import EXTRA
 from batch_invariant_cuda.row_launch import multiprocessors
 from batch_invariant_cuda.varlen_blocks import combine_sequences, sequences_in_blocks
@@ -52,13 +52,13 @@ def _tiles(call: Call, rows: int) -> int:
 def in_chains(call: Call) -> None:
     """Computes `out` and `lse` in fp32."""
     chunks, v_depth = size_chunks(call.q.size(-1)), padded_size(call.v.size(-1))
-    wide = max(call.q.size(-1), call.v.size(-1)) > 64
-    rows = 16 if wide or call.queries * call.group <= 16 else 32
+    widest = max(call.q.size(-1), call.v.size(-1))
+    rows, keys, warps = tile_of(call.queries * call.group, widest, False)
     behind, unit = _behind(call)
     sequences_in_chains(
         _tiles(call, rows), call.tensors,
         (*_before(call), *behind, call.factor, call.soft_cap or 0.0),
-        (rows, KEYS, chunks, v_depth, call.causal, *call.limits, unit), 8 if wide else 4,
+        (rows, keys, chunks, v_depth, call.causal, *call.limits, unit), warps,
     )  # fmt: skip
 
 
