@@ -34,19 +34,6 @@ def size_chunks(size: int) -> int:
     return max(1, triton.cdiv(size, SIZE_CHUNK))
 
 
-def tile_of(rows: int, widest: int, masked: bool) -> tuple[int, int, int]:
-    """Rows and keys of a tile, and its warps: the fastest of nine on an H200.
-
-    widest: the larger head size. Keys divide a block of keys. A tile in which a block ends is added
-    in two parts: under a mask, where blocks end anywhere, tiles of few rows are short.
-    """
-    if widest > 128:
-        return 16, 16, 4
-    if rows > 16:
-        return 32, 32, 4
-    return 16, 16 if masked else 64, 4
-
-
 @triton.jit
 def load_queries(q, at, there, size, CHUNKS: tl.constexpr):
     """Rows of q in fp32, as a tuple of chunks [BM, 16] of the head size."""

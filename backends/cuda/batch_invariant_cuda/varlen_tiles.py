@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from batch_invariant_cuda.attention import Tile, padded_size, run_of, tile
+from batch_invariant_cuda.attention import Tile, padded_size, run_of, tile, tile_of_chains
 from batch_invariant_cuda.attention_blocks import INSIDE, MARK, NOBODY
-from batch_invariant_cuda.attention_chains import size_chunks, tile_of
+from batch_invariant_cuda.attention_chains import size_chunks
 from batch_invariant_cuda.attention_merge import EXTRA
 from batch_invariant_cuda.row_launch import multiprocessors
 from batch_invariant_cuda.varlen_blocks import combine_sequences, sequences_in_blocks
@@ -53,7 +53,7 @@ def in_chains(call: Call) -> None:
     """Computes `out` and `lse` in fp32."""
     chunks, v_depth = size_chunks(call.q.size(-1)), padded_size(call.v.size(-1))
     widest = max(call.q.size(-1), call.v.size(-1))
-    rows, keys, warps = tile_of(call.queries * call.group, widest, False)
+    rows, keys, warps = tile_of_chains(call.queries * call.group, widest, False, call.q.device)
     behind, unit = _behind(call)
     sequences_in_chains(
         _tiles(call, rows), call.tensors,

@@ -154,6 +154,11 @@ matmul.programs = lambda device: PROCESSORS
 attention.tile = varlen_tiles.tile = lambda rows, keys, widest, device, of=attention.tile: of(
     rows, keys, widest, torch.device("cuda", 0)
 )
+attention.tile_of_chains = varlen_tiles.tile_of_chains = (
+    lambda rows, widest, masked, device, of=attention.tile_of_chains: of(
+        rows, widest, masked, torch.device("cuda", 0)
+    )
+)
 attention.capability = matmul.capability
 varlen_attention.check_values = lambda *args: None
 for dtype in (torch.bfloat16, torch.float32):
