@@ -47,7 +47,7 @@ InterpreterBuilder.create_dot = chains
 InterpreterBuilder.create_fma = lambda self, x, y, z: TensorHandle(
     fma(x.data, y.data, z.data), z.dtype.scalar
 )
-KINDS, CASES = ("all", "causal", "late", "bool", "additive", "far"), varlen_cases.CASES
+KINDS, CASES = ("all", "causal", "late", "left", "bool", "additive", "far"), varlen_cases.CASES
 if "blocks" in sys.argv:
     attention_chains._BLOCK = varlen_chains._BLOCK = tl.constexpr(64)
     KINDS, CASES = KINDS[:3], CASES[:2]
@@ -78,6 +78,8 @@ for kind, (heads, kv_heads, rows, keys, size) in itertools.product(
     mask = None
     if kind == "late":  # the blocks of every row begin at another key
         mask = torch.arange(keys) >= (torch.arange(rows) * 37 % keys)[:, None]
+    elif kind == "left":  # of every row at the same, which is no multiple of a tile
+        mask = (torch.arange(keys) >= 21).expand(rows, keys)
     elif kind == "far":  # at the first -9e3
         mask, ends = torch.zeros(rows, keys), (100 + torch.arange(rows)[:, None] * 37) % keys
         for part, low in ((4, -9e3), (3, -1.1e4), (2, -1e9), (1, torch.finfo(torch.float32).min)):
