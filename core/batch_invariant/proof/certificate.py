@@ -19,6 +19,8 @@ import torch
 from batch_invariant import registry
 from batch_invariant.backend import Kernel
 from batch_invariant.errors import ConfigurationError
+from batch_invariant.ops import CONTRACTS
+from batch_invariant.proof.checks import NAMES
 from batch_invariant.proof.subject import short
 
 FORMAT = "batch-invariant certificate 1"
@@ -41,14 +43,12 @@ def make(
 
     What a backend says of torch's own kernels (`aten_harmless`) is listed, and not checked here.
     """
-    from batch_invariant.ops import CONTRACTS
-
     chosen = registry.load(backend)
     kernels = chosen.kernels()
     ops: dict[str, dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     held = True
-    for outcome in outcomes:
+    for outcome in sorted(outcomes, key=_place):
         good = bool(outcome["breaks"]) == (outcome["gap"] is not None)
         held = held and good
         if outcome["op"] is None:
@@ -82,6 +82,12 @@ def make(
         },
         **({"whole": whole} if whole else {}),
     }
+
+
+def _place(outcome: Mapping[str, Any]) -> tuple[int, str, int]:
+    """Where an outcome stands in the certificate: pytest-xdist hands them on in any order."""
+    op = list(CONTRACTS).index(outcome["op"]) if outcome["op"] else len(CONTRACTS)
+    return op, outcome["dtype"] or "", NAMES.index(outcome["check"])
 
 
 def _unproved(kernel: Kernel | None, checked: Mapping[str, Any]) -> list[str]:
