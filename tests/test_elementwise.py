@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_invariant.cpu import elementwise
+from batch_invariant.cpu import elementwise, vector_body
+from batch_invariant.cpu.vector_body import body_of, tail_blocks
 from batch_invariant.errors import UncoveredOpError
 from batch_invariant.ops.bits import bits
 from batch_invariant.stock import stock
@@ -94,7 +95,7 @@ def test_the_measurement_sees_tails_that_are_left_alone(monkeypatch: pytest.Monk
     labels = ("silu", "sigmoid", "mish", "pow.Tensor_Scalar", "sinh", "atan2")
     if not any(_changes(label, torch.float32) for label in labels):
         pytest.skip("on this CPU torch's tails have the bits of its vectors")
-    monkeypatch.setattr(elementwise, "_tails", lambda *_: None)
+    monkeypatch.setattr(vector_body, "tail_blocks", lambda *_: None)
     with overridden():
         assert any(_changes(label, torch.float32) for label in labels)
 
@@ -116,7 +117,7 @@ def test_tails_hold_every_position_outside_whole_vectors(
         for stop in [min(start + chunk, numel)]
         for i in range(start + (stop - start) // 64 * 64, stop)
     }
-    blocks = elementwise._tails(numel, threads, split) or ()
+    blocks = tail_blocks(numel, threads, split) or ()
     assert {int(i) for block in blocks for i in block} == expected
     # A block is computed by one thread in whole vectors.
     assert all(len(block) % 64 == 0 and len(block) <= 2048 for block in blocks)
@@ -127,7 +128,7 @@ def test_tails_hold_every_position_outside_whole_vectors(
 def test_every_16_bit_value_beside_any_other(name: str, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     shuffled = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
-    fn = elementwise._function(name)
+    fn = body_of(name)
     together, apart = fn(every)[shuffled], fn(every[shuffled])
     same = (bits(together) == bits(apart)) | (together.isnan() & apart.isnan())
     assert same.all()
@@ -206,7 +207,7 @@ def test_in_place_writes_the_tensor_itself() -> None:
             x = _values(shape, torch.float32)
             if strided and len(shape) > 1:
                 x = x.transpose(0, -1)
-            expected = elementwise._function(name[:-1])(x)
+            expected = body_of(name[:-1])(x)
             with overridden():
                 assert _op(name)(x) is x
             assert torch.equal(bits(x), bits(expected))
@@ -332,5 +333,5 @@ def test_index_add_with_alpha_does_not_depend_on_the_width() -> None:
 def test_what_fits_goes_straight_to_torchs_kernel() -> None:
     x = _values((4, 64), torch.float32)
     torch.set_num_threads(1)
-    assert torch.equal(bits(elementwise._function("silu")(x)), bits(stock("silu")(x)))
-    assert elementwise._tails(x.numel(), 1, (32768, 32768)) is None
+    assert torch.equal(bits(body_of("silu")(x)), bits(stock("silu")(x)))
+    assert tail_blocks(x.numel(), 1, (32768, 32768)) is None
