@@ -13,7 +13,7 @@ import torch
 
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.ops.contract import Case, Draw, Op
-from batch_invariant.ops.matmul import product_bound
+from batch_invariant.ops.matmul_cases import product_bound
 
 
 def grouped_mm(

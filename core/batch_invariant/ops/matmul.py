@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from batch_invariant.ops.contract import Case, Draw, Op
+from batch_invariant.ops.contract import Op
+from batch_invariant.ops.matmul_cases import (
+    case_addmm,
+    case_baddbmm,
+    case_bmm,
+    case_linear,
+    case_mm,
+    case_mm_rows,
+    no_addend,
+    product_bound,
+)
 from batch_invariant.ops.probe import column_probe
 from batch_invariant.ops.variant import rows_only, tokens
 from batch_invariant.order import by_size, chunked, serial
@@ -335,93 +345,16 @@ def _addmv(
     return out.squeeze(1)
 
 
-def product_bound(
-    a: torch.Tensor, b: torch.Tensor, addend: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """|error| <= K u32 (|a| @ |b|) for any order of K fp32 additions, plus one rounding."""
-    magnitude = torch.matmul(a.abs(), b.abs())
-    exact = torch.matmul(a, b)
-    if addend is not None:
-        magnitude = magnitude + addend.abs()
-        exact = exact + addend
-    unit = torch.finfo(dtype).eps / 2
-    accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
-    terms = a.size(-1) + 2
-    return (
-        accumulate * terms * magnitude
-        + unit * (exact.abs() + accumulate * terms * magnitude)
-        + torch.finfo(dtype).tiny
-    )
-
-
-def _case(k: int, n: int) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, k), "mat2": draw.shared(n, k).mT}
-
-    return Case(f"{k}x{n}", args)
-
-
-def _case_rows(k: int, n: int) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, k), "mat2": draw.shared(n, k).mT.contiguous()}
-
-    return Case(f"{k}x{n} row-major", args)
-
-
-def _case_addmm(k: int, n: int) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {
-            "self": draw.shared(n),
-            "mat1": draw.rows(rows, k),
-            "mat2": draw.shared(n, k).mT,
-        }
-
-    return Case(f"{k}x{n}", args)
-
-
-def _case_bmm(m: int, k: int, n: int) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {"self": draw.rows(rows, m, k), "mat2": draw.rows(rows, n, k).mT}
-
-    return Case(f"{m}x{k}x{n}", args)
-
-
-def _case_baddbmm(m: int, k: int, n: int) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {
-            "self": draw.rows(rows, m, n),
-            "batch1": draw.rows(rows, m, k),
-            "batch2": draw.rows(rows, n, k).mT,
-        }
-
-    return Case(f"{m}x{k}x{n}", args)
-
-
-def _case_linear(k: int, n: int, bias: bool) -> Case:
-    def args(draw: Draw, rows: int) -> dict[str, Any]:
-        return {
-            "input": draw.rows(rows, k),
-            "weight": draw.shared(n, k),
-            "bias": draw.shared(n) if bias else None,
-        }
-
-    return Case(f"{k}x{n}" + (" bias" if bias else ""), args)
-
-
-def _no_addend(values: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((), dtype=values.dtype)
-
-
 OPS = (
     Op(
         name="mm",
         schema="(Tensor self, Tensor mat2) -> Tensor",
         fake=_fake_mm,
         reference=torch.mm,
-        cases=(_case(1024, 512), _case(4096, 129), _case(1031, 67), _case_rows(2048, 256)),
+        cases=(case_mm(1024, 512), case_mm(4096, 129), case_mm(1031, 67), case_mm_rows(2048, 256)),
         batch_axes={"self": 0},
         schedule=rows_only,
-        any_size=lambda k=1100, n=70: _case(k, n),
+        any_size=lambda k=1100, n=70: case_mm(k, n),
         error_bound=lambda self, mat2, dtype: product_bound(self, mat2, None, dtype),
         probe=column_probe("self", "mat2", transposed=False, batched=False),
         aten={"mm": None, "mv": _mv, "dot": _dot, "vdot": _dot},
@@ -435,13 +368,13 @@ OPS = (
         ),
         fake=_fake_addmm,
         reference=torch.addmm,
-        cases=(_case_addmm(1024, 512), _case_addmm(1031, 67)),
+        cases=(case_addmm(1024, 512), case_addmm(1031, 67)),
         batch_axes={"mat1": 0},
         schedule=rows_only,
-        any_size=lambda k=1100, n=70: _case_addmm(k, n),
+        any_size=lambda k=1100, n=70: case_addmm(k, n),
         error_bound=lambda self, mat1, mat2, dtype: product_bound(mat1, mat2, self, dtype),
         probe=column_probe(
-            "mat1", "mat2", transposed=False, batched=False, arguments={"self": _no_addend}
+            "mat1", "mat2", transposed=False, batched=False, arguments={"self": no_addend}
         ),
         aten={"addmm": None, "addmv": _addmv},
         setup_context=_save_addmm,
@@ -452,9 +385,9 @@ OPS = (
         schema="(Tensor self, Tensor mat2) -> Tensor",
         fake=_fake_bmm,
         reference=torch.bmm,
-        cases=(_case_bmm(3, 1024, 64), _case_bmm(17, 100, 33), _case_bmm(1, 64, 1500)),
+        cases=(case_bmm(3, 1024, 64), case_bmm(17, 100, 33), case_bmm(1, 64, 1500)),
         batch_axes={"self": 0, "mat2": 0},
-        any_size=lambda m=5, k=1100, n=40: _case_bmm(m, k, n),
+        any_size=lambda m=5, k=1100, n=40: case_bmm(m, k, n),
         error_bound=lambda self, mat2, dtype: product_bound(self, mat2, None, dtype),
         probe=column_probe("self", "mat2", transposed=False, batched=True),
         aten={"bmm": None},
@@ -469,12 +402,12 @@ OPS = (
         ),
         fake=_fake_baddbmm,
         reference=torch.baddbmm,
-        cases=(_case_baddbmm(3, 1024, 64),),
+        cases=(case_baddbmm(3, 1024, 64),),
         batch_axes={"self": 0, "batch1": 0, "batch2": 0},
-        any_size=lambda m=5, k=1100, n=40: _case_baddbmm(m, k, n),
+        any_size=lambda m=5, k=1100, n=40: case_baddbmm(m, k, n),
         error_bound=lambda self, batch1, batch2, dtype: product_bound(batch1, batch2, self, dtype),
         probe=column_probe(
-            "batch1", "batch2", transposed=False, batched=True, arguments={"self": _no_addend}
+            "batch1", "batch2", transposed=False, batched=True, arguments={"self": no_addend}
         ),
         aten={"baddbmm": None},
         setup_context=_save_addmm,
@@ -486,13 +419,13 @@ OPS = (
         fake=_fake_linear,
         reference=torch.nn.functional.linear,
         cases=(
-            _case_linear(576, 1536, False),
-            _case_linear(4096, 129, True),
-            _case_linear(1031, 67, True),
+            case_linear(576, 1536, False),
+            case_linear(4096, 129, True),
+            case_linear(1031, 67, True),
         ),
         batch_axes={"input": 0},
         schedule=tokens,
-        any_size=lambda k=1100, n=70: _case_linear(k, n, True),
+        any_size=lambda k=1100, n=70: case_linear(k, n, True),
         error_bound=lambda input, weight, bias, dtype: product_bound(input, weight.mT, bias, dtype),
         probe=column_probe(
             "input",
