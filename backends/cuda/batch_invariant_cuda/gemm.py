@@ -267,6 +267,23 @@ def _store_tma(
         cd.store([m0, n0], rounded(acc, DTYPE))
 
 
+@triton.jit
+def _store_both(
+    cd, c2d, acc, acc2, m0, n0, add, M, N, sdm, sdn, alpha, beta,
+    BM: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr, HALVES: tl.constexpr,
+    HAS_ADD: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rounds and stores the columns that `_span_tma` computes."""
+    _store_tma(
+        cd, acc, m0, n0, add, M, N, sdm, sdn, alpha, beta, BM, BN, HALVES, HAS_ADD, SCALED, DTYPE
+    )
+    if BN2:
+        _store_tma(
+            c2d, acc2, m0, n0 + BN, add, M, N, sdm, sdn, alpha, beta,
+            BM, BN2, False, HAS_ADD, SCALED, DTYPE,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_tma(
     ad, bd, b2d, cd, c2d, c, add, M, N, K, sdm, sdn, alpha: tl.float32, beta: tl.float32,
@@ -286,15 +303,10 @@ def gemm_tma(
             m0 = pm * BM
             n0 = pn * (BN + BN2)
             acc, acc2 = _span_tma(ad, bd, b2d, m0, n0, 0, K, BM, BN, BN2, BK, A_K, B_K, False)
-            _store_tma(
-                cd, acc, m0, n0, add, M, N, sdm, sdn, alpha, beta,
-                BM, BN, HALVES, HAS_ADD, SCALED, DTYPE,
+            _store_both(
+                cd, c2d, acc, acc2, m0, n0, add, M, N, sdm, sdn, alpha, beta,
+                BM, BN, BN2, HALVES, HAS_ADD, SCALED, DTYPE,
             )  # fmt: skip
-            if BN2:
-                _store_tma(
-                    c2d, acc2, m0, n0 + BN, add, M, N, sdm, sdn, alpha, beta,
-                    BM, BN2, False, HAS_ADD, SCALED, DTYPE,
-                )  # fmt: skip
     elif SWAP:
         pm, pn = _tile_of(tl.program_id(0), nm, nn, GROUP)
         acc, _ = _span_tma(ad, bd, b2d, pm * BM, pn * BN, 0, K, BM, BN, 0, BK, A_K, B_K, True)
@@ -308,15 +320,10 @@ def gemm_tma(
         m0 = pm * BM
         n0 = pn * (BN + BN2)
         acc, acc2 = _span_tma(ad, bd, b2d, m0, n0, 0, K, BM, BN, BN2, BK, A_K, B_K, False)
-        _store_tma(
-            cd, acc, m0, n0, add, M, N, sdm, sdn, alpha, beta,
-            BM, BN, HALVES, HAS_ADD, SCALED, DTYPE,
+        _store_both(
+            cd, c2d, acc, acc2, m0, n0, add, M, N, sdm, sdn, alpha, beta,
+            BM, BN, BN2, HALVES, HAS_ADD, SCALED, DTYPE,
         )  # fmt: skip
-        if BN2:
-            _store_tma(
-                c2d, acc2, m0, n0 + BN, add, M, N, sdm, sdn, alpha, beta,
-                BM, BN2, False, HAS_ADD, SCALED, DTYPE,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -384,15 +391,10 @@ def gemm_tma_chunked(
                 acc += more
                 acc2 += more2
                 lo += chunk
-            _store_tma(
-                cd, acc, m0, n0, add, M, N, sdm, sdn, alpha, beta,
-                BM, BN, HALVES, HAS_ADD, SCALED, DTYPE,
+            _store_both(
+                cd, c2d, acc, acc2, m0, n0, add, M, N, sdm, sdn, alpha, beta,
+                BM, BN, BN2, HALVES, HAS_ADD, SCALED, DTYPE,
             )  # fmt: skip
-            if BN2:
-                _store_tma(
-                    c2d, acc2, m0, n0 + BN, add, M, N, sdm, sdn, alpha, beta,
-                    BM, BN2, False, HAS_ADD, SCALED, DTYPE,
-                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "whole"])
