@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", reason="the integration is wi
 from batch_invariant.integrations import transformers as integration  # noqa: E402
 
 NAME = "batch_invariant"
-LENGTH, WINDOW = 90, 16
+LENGTH, WINDOW = 150, 16
 _SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -110,6 +110,22 @@ def _padded(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Te
     return out[-1, longest - len(ids) :]
 
 
+def _padded_chunks(model: Any, ids: torch.Tensor, size: int, cache: Any) -> torch.Tensor:
+    """The last row of a batch padded by 40, in chunks."""
+    row = torch.cat([ids.new_zeros(40), ids])
+    batch, mask = torch.stack([row.flip(0), row]), torch.ones(2, len(row), dtype=torch.long)
+    mask[1, :40] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    pieces = [
+        model(
+            batch[:, i : i + size], attention_mask=mask[:, : i + size],
+            position_ids=positions[:, i : i + size], past_key_values=cache,
+        ).logits[1]
+        for i in range(0, len(row), size)
+    ]  # fmt: skip
+    return torch.cat(pieces)[40:]
+
+
 def _reused(model: Any, ids: torch.Tensor, make: Callable[[Any, int], Any]) -> torch.Tensor:
     """Behind a prefix that another continuation was computed on as well."""
     cut = 2 * len(ids) // 3
@@ -132,6 +148,12 @@ WAYS: Ways = {
             m, ids, n, make(m, len(ids))
         )
         for n in (7, 64)
+        for make in (_dynamic, _static)
+    },
+    **{
+        f"padded by 40, chunks of 33, {make.__name__[1:]} cache": lambda m, ids, make=make: (
+            _padded_chunks(m, ids, 33, make(m, len(ids) + 40))
+        )
         for make in (_dynamic, _static)
     },
     "reused prefix, dynamic cache": lambda m, ids: _reused(m, ids, _dynamic),
@@ -228,6 +250,8 @@ def test_what_is_not_there_is_refused() -> None:
     q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 7, 8)
     with pytest.raises(OpNotSupported, match="came without a mask"):
         integration.attention_forward(dense, q, k, k, None, is_causal=True)
+    with pytest.raises(OpNotSupported, match="dropped 7 keys, and the first query, at 10, sees"):
+        integration.sequences_mask(2, 1, 4, q_offset=10, kv_offset=7)
     mask = integration.sequences_mask(2, 3, 3)
     with pytest.raises(OpNotSupported, match="was cut or changed on its way"):
         integration.attention_forward(dense, *(torch.zeros(2, 2, 3, 8),) * 3, mask[:, :, :, :1])
@@ -302,7 +326,7 @@ LONG_WAYS: Ways = {
 @pytest.mark.parametrize("real", [models.DEFAULT, models.GEMMA], indirect=True)
 @pytest.mark.parametrize("attention", [NAME, "sdpa"])
 def test_a_long_prompt_in_a_real_model(real: Any, attention: str) -> None:
-    """Longer than the window of Gemma 3's sliding layers, 512 tokens."""
+    """Beyond the window of Gemma 3's sliding layers, 512 tokens; stock torch is the control."""
     ids = tokens(real.config.vocab_size, 620)
     real.set_attn_implementation(attention)
     try:
@@ -310,6 +334,7 @@ def test_a_long_prompt_in_a_real_model(real: Any, attention: str) -> None:
             want = real(ids[None]).logits[0]
             wrong = [way for way, run in LONG_WAYS.items() if not same(run(real, ids), want)]
         assert not wrong
+        real.set_attn_implementation("sdpa")
         stock = real(ids[None]).logits[0]
         assert not all(same(run(real, ids), stock) for run in LONG_WAYS.values())
     finally:

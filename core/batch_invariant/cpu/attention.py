@@ -14,13 +14,12 @@ from batch_invariant.cpu import native
 from batch_invariant.cpu.matmul import product
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
-from batch_invariant.ops.attention import check_attention, expanded_heads
+from batch_invariant.ops.attention import KEY_BLOCK, check_attention, expanded_heads
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.order import chunked, serial
 
 _CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 _NO_MASK, _BOOL_MASK, _ADDITIVE_MASK = range(3)
-KEY_BLOCK = 128  # of native/attention.cpp
 # AttentionArgs of native/attention.cpp
 _pack = struct.Struct("=8qQ3qQ3qQ3q2qQ4qQ3qQ3q2qd").pack
 

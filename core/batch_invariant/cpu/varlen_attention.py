@@ -10,10 +10,10 @@ import torch
 
 from batch_invariant.backend import Kernel
 from batch_invariant.cpu import native
-from batch_invariant.cpu.attention import KEY_BLOCK
 from batch_invariant.cpu.matmul import product
 from batch_invariant.errors import OpNotSupported
 from batch_invariant.guarantee import Guarantee
+from batch_invariant.ops.attention import KEY_BLOCK
 from batch_invariant.ops.contract import FLOATS
 from batch_invariant.ops.varlen_attention import check_arguments
 from batch_invariant.ops.varlen_definition import Part, capped, factor, parts, seen

@@ -10,6 +10,9 @@
 Masks that say where sequences begin and end become lengths, so that nothing of the size of a mask
 is made: causal, sliding window, padding on the left, caches that grow or have a fixed size. Other
 masks (packed by positions, in chunks, a 4-D mask of the user's) go to the kernel as they are.
+
+The cache of a sliding window drops keys. Blocks of keys are counted from a sequence's first key, so
+zeros that no query sees are put in front of what is left, until blocks begin where they did.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 # Calling an operator needs the selector, which registers what runs it.
 import batch_invariant.selector  # noqa: F401
 from batch_invariant.errors import OpNotSupported
-from batch_invariant.ops.attention import scaled_dot_product_attention
+from batch_invariant.ops.attention import KEY_BLOCK, scaled_dot_product_attention
 from batch_invariant.ops.varlen_attention import attention
 
 NAME = "batch_invariant"
@@ -47,18 +50,29 @@ def unregister_attention() -> None:
 class Sequences(torch.Tensor):
     """What attention needs of a mask: int32 [batch, 1, 1, 2], where keys begin and where they end.
 
-    A tensor of four dimensions, because transformers hands only those on as they are. `causal` and
-    `window` stay with it through functions that keep the rows whole.
+    A tensor of four dimensions, because transformers hands only those on as they are. `causal`,
+    `window` and `filler`, how many keys are put in front of those that are there, stay with it
+    through functions that keep the rows whole.
     """
 
     causal: bool
     window: int | None
+    filler: int
 
     @staticmethod
-    def of(first: torch.Tensor, end: torch.Tensor, causal: bool, window: int | None) -> Sequences:
-        """From the first key of each sequence and the one behind its last, [batch] each."""
-        found = torch.stack([first, end], 1)[:, None, None].int().as_subclass(Sequences)
-        found.causal, found.window = causal, window
+    def of(
+        first: torch.Tensor, end: torch.Tensor, gone: int, causal: bool, window: int | None
+    ) -> Sequences:
+        """From the first key of each sequence and the one behind its last, [batch] each.
+
+        gone: how many keys are not there any more; `first` and `end` count from the first of them.
+        """
+        dropped = (gone - first).clamp(min=0) % KEY_BLOCK
+        filler = min(gone, KEY_BLOCK - 1)
+        begin = torch.where(first < gone, -dropped, first - gone) + filler
+        found = torch.stack([begin, end - gone + filler], 1)[:, None, None].int()
+        found = found.as_subclass(Sequences)
+        found.causal, found.window, found.filler = causal, window, filler
         return found
 
     @classmethod
@@ -69,6 +83,7 @@ class Sequences(torch.Tensor):
             origin = next((x for x in args if isinstance(x, Sequences)), None)
             if origin is not None and hasattr(origin, "causal"):
                 out.causal, out.window = origin.causal, origin.window
+                out.filler = origin.filler
         return out
 
     def arguments(self) -> dict[str, Any]:
@@ -101,10 +116,16 @@ def sequences_mask(
     if kind is not None:
         causal, window = kind
         # The last query stands at key `end` - 1. What lies behind is room of a cache.
-        end = int(q_offset) - kv_offset + q_length if causal else kv_length
-        found = _lengths(attention_mask, batch_size, kv_offset, end, causal, torch.device(device))
-        if found is not None and 0 <= end <= kv_length:
-            return Sequences.of(*found, causal, window)
+        end = int(q_offset) + q_length if causal else kv_offset + kv_length
+        found = _lengths(attention_mask, batch_size, end, causal, torch.device(device))
+        if found is not None and kv_offset <= end <= kv_offset + kv_length:
+            if kv_offset and (window is None or int(q_offset) - window + 1 < kv_offset):
+                raise OpNotSupported(
+                    f"attn_implementation={NAME!r}: the cache has dropped {kv_offset} keys, and "
+                    f"the first query, at {int(q_offset)}, sees some of them with window={window}; "
+                    "use a cache that keeps them"
+                )
+            return Sequences.of(*found, kv_offset, causal, window)
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = masking_utils.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
@@ -139,12 +160,7 @@ def _maker(function: Callable[..., Any]) -> str:
 
 
 def _lengths(
-    padding: torch.Tensor | None,
-    batch: int,
-    offset: int,
-    end: int,
-    causal: bool,
-    device: torch.device,
+    padding: torch.Tensor | None, batch: int, end: int, causal: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Where the keys of each sequence begin and end; None if they have holes.
 
@@ -154,7 +170,7 @@ def _lengths(
     ends = torch.full((batch,), end, device=device)
     if padding is None:
         return torch.zeros_like(ends), ends
-    kept = padding[:, offset : offset + end]
+    kept = padding[:, :end]
     if kept.size(1) < end:
         return None
     at = torch.arange(end, device=kept.device)
@@ -186,6 +202,9 @@ def attention_forward(
     _refuse(dropout, kwargs)
     if isinstance(attention_mask, Sequences):
         options = attention_mask.arguments()
+        if attention_mask.filler:
+            in_front = (0, 0, attention_mask.filler, 0)
+            key, value = (torch.nn.functional.pad(x, in_front) for x in (key, value))
     elif attention_mask is not None:
         if softcap is not None or s_aux is not None:
             raise OpNotSupported(

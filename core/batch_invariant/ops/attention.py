@@ -26,6 +26,8 @@ from batch_invariant.ops.reduce import sum
 from batch_invariant.ops.reduce_cases import sum_bound
 from batch_invariant.ops.variant import Args, Axes, Variant
 
+KEY_BLOCK = 128  # keys of a block
+
 
 def scaled_dot_product_attention(
     query: torch.Tensor,
