@@ -48,8 +48,8 @@ def attention(
       - packed [Tk, Hkv, E] with `cu_seqlens_k` [B + 1];
       - pages [P, page size, Hkv, E] with `block_table` [B, n] and `seq_lens` [B]: key j of sequence
         b is row j % page size of page block_table[b, j // page size]. Pages may be shared.
-    Blocks of keys count from left_pad[b], from cu_seqlens_k[b] or from row 0, so whoever drops keys
-    drops whole blocks, or puts others in their place that `window` hides.
+    Blocks of 128 keys, on all backends, count from left_pad[b], from cu_seqlens_k[b] or from row 0.
+    So whoever drops keys drops whole blocks, or puts others in their place that `window` hides.
     causal: the last query of a sequence stands at its last key, and sees the keys up to its own.
     window: with `causal`, a query sees its own key and the window - 1 before it.
     soft_cap: a score s becomes soft_cap * tanh(s / soft_cap).
