@@ -25,10 +25,9 @@ from batch_invariant.ops.norm import (
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 from batch_invariant_cuda import segments
 from batch_invariant_cuda.norm_kernels import held, held_sums, segment, walked
-from batch_invariant_cuda.norm_resident import WARPS, resident
+from batch_invariant_cuda.norm_resident import resident
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import CENTRED_RSTD, MEAN, RSTD, TERM_OF
-from batch_invariant_cuda.resident import place_of
 from batch_invariant_cuda.row_launch import LONG_WARPS, Calls, Plan, is_long, kind_of, plan_of
 
 
@@ -102,14 +101,15 @@ def norm_rows(
         return out, total, mean, rstd
     weight, bias = _parameter(weight, x.dtype), _parameter(bias, x.dtype)
     shape = plan_of(x, residual)
-    if shape.split and size == n:
+    others = (residual, weight, bias, out, total, mean, rstd)
+    found = _launch(x, others, size, groups, spatial, eps, shape)
+    if found is None:
         if residual is not None:
             x = x.float() + residual.float()
             total = x.to(out.dtype).masked_fill_(x.isnan(), math.nan)
         mean, rstd = _split_rows(x, weight, bias, out, eps, centred, groups, spatial, shape)
         return out, total, mean, rstd
-    others = (residual, weight, bias, out, total, mean, rstd)
-    kernel, launch = _launch(x, others, size, groups, spatial, eps, shape)
+    kernel, launch = found
     kernel(*launch)
     return out, total, mean, rstd
 
@@ -123,6 +123,7 @@ def _launch(
     eps: float,
     shape: Plan,
 ) -> Any:
+    """A kernel and its launch; None for rows that are split, which several launches handle."""
     residual, weight, bias, _, _, mean, _ = others
     tensors = (x, *others)
     rows, n = x.shape
@@ -130,13 +131,10 @@ def _launch(
     centred, summed = mean is not None, residual is not None
     affine = (weight is not None, bias is not None, groups > 0)
     static: tuple[Any, ...]
-    place = None
-    if not (centred or summed or affine[1]) and size == n:
-        place = place_of(x, shape)
-    if place is not None:
-        programs, *held_parts = place
-        long = (n // shape.unit, rows, float(n), eps)
-        return resident, (programs, tensors, long, (affine[0], *held_parts, WARPS), WARPS)
+    if size == n:
+        found = None if centred or affine[1] else resident(tensors, float(n), eps, shape)
+        if found is not None or shape.split:
+            return found
     if not shape.tiles:
         static = (centred, summed, *affine, shape.unit)
         warps = LONG_WARPS if summed and is_long(n, shape) else shape.warps
@@ -191,12 +189,13 @@ def _repeat(
     other = None if residual is None else residual.view(-1, n)
     shape = plan_of(matrix, other)
     size = n if variance_size is None else variance_size
-    if shape.split and size == n:
-        return None
     eps = torch.finfo(stats_dtype(x.dtype)).eps if eps is None else eps
     out, total = outputs
     others = (other, weight, None, out, None if other is None else total, None, None)
-    kernel, launch = _launch(matrix, others, size, 0, 1, eps, shape)
+    made = _launch(matrix, others, size, 0, 1, eps, shape)
+    if made is None:
+        return None
+    kernel, launch = made
     start = kernel.repeat(*launch)
     if start is None:
         return None

@@ -8,15 +8,13 @@ Order as in `rows.py`.
 # ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from batch_invariant_cuda import rows
-from batch_invariant_cuda.row_launch import Plan, multiprocessors
+from batch_invariant_cuda.row_launch import Plan, multiprocessors, shared_memory
 
 LANES = gl.constexpr(rows.LANES)
 SEGMENT = gl.constexpr(rows.SEGMENT)
@@ -51,26 +49,6 @@ def fold(lanes, WARPS: gl.constexpr):
     v = gl.sum(gl.reshape(v, [2, 4]), 0)
     v = gl.sum(gl.reshape(v, [2, 2]), 0)
     return gl.sum(v, 0) + 0.0
-
-
-@gluon.constexpr_function
-def _rounding(dtype):
-    kind, payload = ("bf16x2", "0x003f003f") if dtype == gl.bfloat16 else ("f16x2", "0x01ff01ff")
-    return (
-        f"{{ .reg .b32 y, nan; cvt.rn.{kind}.f32 y, $2, $1; set.neu.u32.{kind} nan, y, y;"
-        f" lop3.b32 $0, y, nan, {payload}, 0x70; }}"  # y & ~(nan & payload)
-    )
-
-
-@gluon.jit
-def rounded_pairs(x, to):
-    """`rows.rounded` to the 16 bits that the pointer `to` points at, of pairs, in few instructions.
-
-    A NaN comes from the conversion with all bits of its payload set, but for the sign. It needs
-    compute capability 9.0, as all GPUs have that find room for long rows.
-    """
-    steps: gl.constexpr = _rounding(to.dtype.element_ty)
-    return gl.inline_asm_elementwise(steps, "=r,r,r", [x], to.dtype.element_ty, True, 2)
 
 
 @gluon.jit
@@ -119,11 +97,6 @@ _SLOTS = 13  # segments of a row in shared memory; with a fourteenth there is no
 _SHARED = 227 << 10  # bytes that one program may have
 
 
-@cache
-def _shared_memory(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def place_of(x: torch.Tensor, shape: Plan) -> tuple[int, int, int] | None:
     """Programs, segments in shared memory and tiles in registers for long rows of x [rows, n].
 
@@ -133,6 +106,6 @@ def place_of(x: torch.Tensor, shape: Plan) -> tuple[int, int, int] | None:
         return None
     count, n = x.shape
     tiles = -(-n // rows.LANES) - _SLOTS * DEPTH.value
-    if tiles not in _TILES or _shared_memory(x.device.index) < _SHARED:
+    if tiles not in _TILES or shared_memory(x.device.index) < _SHARED:
         return None
     return min(count, multiprocessors(x.device.index)), _SLOTS, tiles

@@ -30,14 +30,22 @@ class RowKernel:
     overlaps: with up to that many programs it is launched before the kernel in front of it has
     ended, and starts by `rows.take_turn` of that number, which waits for it.
     registers: how many a thread may use, by the number of warps, so that more programs fit.
+    cluster: so many programs are started for each that a call asks for, as a cluster, and no more
+    clusters than the GPU runs at a time; the kernel finds its work by their number.
     """
 
     def __init__(
-        self, fn: Any, overlaps: int = 0, registers: Mapping[int, int] | None = None
+        self,
+        fn: Any,
+        overlaps: int = 0,
+        registers: Mapping[int, int] | None = None,
+        cluster: int = 1,
     ) -> None:
         self._fn = self._anywhere = fn
         self._overlaps = overlaps
         self._registers = registers or {}
+        self._cluster = cluster
+        self._most: dict[Any, int] = {}
         self._compiled: dict[Any, Any] = {}
         self._direct = isinstance(fn, triton.JITFunction)
         if self._direct:
@@ -110,16 +118,34 @@ class RowKernel:
         kernel = self._compiled.get(key)
         if kernel is None or knobs.runtime.launch_enter_hook.calls:
             fn = self._fn if wide else self._anywhere
-            self._compiled[key] = fn[(programs,)](
-                *tensors, *numbers, *static,
-                num_warps=warps, enable_fp_fusion=False, maxnreg=self._registers.get(warps),
-                launch_pdl=overlaps and torch.cuda.get_device_capability(device) >= (9, 0),
-            )  # fmt: skip
+            options = {
+                "num_warps": warps,
+                "enable_fp_fusion": False,
+                "maxnreg": self._registers.get(warps),
+                "launch_pdl": overlaps and torch.cuda.get_device_capability(device) >= (9, 0),
+            }
+            if self._cluster > 1:
+                made = fn.warmup(*tensors, *numbers, *static, grid=(1,), **options)
+                about = made.metadata
+                made.packed_metadata = (about.num_warps, self._cluster, about.shared)
+                programs = self._at_a_time(made, programs)
+            self._compiled[key] = fn[(programs,)](*tensors, *numbers, *static, **options)
             return
+        programs = self._at_a_time(kernel, programs)
         kernel.run(
             programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), kernel.function,
             kernel.packed_metadata, None, None, None, *tensors, *numbers, *static,
         )  # fmt: skip
+
+    def _at_a_time(self, kernel: Any, programs: int) -> int:
+        """So many clusters, or as many as a GPU runs at a time."""
+        if self._cluster == 1:
+            return programs
+        if kernel not in self._most:
+            kernel._init_handles()
+            count = triton.runtime.driver.active.utils.cuOccupancyMaxActiveClusters
+            self._most[kernel] = count(kernel.function, kernel.metadata.shared, self._cluster)
+        return min(programs, self._most[kernel])
 
     def repeat(
         self,
@@ -146,6 +172,7 @@ class RowKernel:
         if runner.global_scratch_size or runner.profile_scratch_size:
             return None
         launch, function = runner.launch, kernel.function
+        programs = self._at_a_time(kernel, programs)
         middle = (
             *(runner.launch_cooperative_grid, runner.launch_pdl, None, None),
             *(kernel.packed_metadata, None, None, None),
@@ -222,6 +249,12 @@ HELD = 16  # terms; more would not fit the registers of one program
 def multiprocessors(device: int) -> int:
     """How many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def shared_memory(device: int) -> int:
+    """How many bytes of shared memory a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def unit_of(n: int, aligned: bool = True) -> int:

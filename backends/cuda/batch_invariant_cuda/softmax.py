@@ -20,7 +20,7 @@ from batch_invariant.ops.dims import from_rows_along, normalize, rows_along
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 from batch_invariant.ops.softmax import check_softmax_backward
 from batch_invariant.stock import stock
-from batch_invariant_cuda import segments
+from batch_invariant_cuda import log_softmax_resident, segments
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import EXP_SUM, LOG_EXP_SUM, TERM_OF
 from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
@@ -52,18 +52,22 @@ def softmax_rows(log: bool, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Te
     if not out.numel():
         return out
     shape = plan_of(x)
-    if shape.split:
+    found = _launch(log, x, out, shape)
+    if found is None:
         _split_rows(log, x, out, shape)
         return out
-    kernel, launch = _launch(log, x, out, shape)
+    kernel, launch = found
     kernel(*launch)
     return out
 
 
 def _launch(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
+    """A kernel and its launch; None for rows that are split, which several launches handle."""
     rows, n = x.shape
-    found = resident(log, x, out, shape)
-    if found is not None:
+    found = log_softmax_resident.resident(x, out, shape) if log else None
+    if found is None:
+        found = resident(log, x, out, shape)
+    if found is not None or shape.split:
         return found
     if not shape.tiles:
         tail = ((log, shape.unit), shape.warps, shape.wide)
@@ -101,9 +105,10 @@ def _repeat(
         return None
     matrix = x.view(-1, x.size(-1))
     shape = plan_of(matrix)
-    if shape.split:
+    made = _launch(log, matrix, out, shape)
+    if made is None:
         return None
-    kernel, launch = _launch(log, matrix, out, shape)
+    kernel, launch = made
     start = kernel.repeat(*launch)
     size, result = out.shape, out.dtype
 

@@ -16,7 +16,9 @@ from triton.runtime import driver
 from batch_invariant_cuda import (
     attention,
     attention_ring,
+    cluster,
     launch,
+    log_softmax_resident,
     matmul,
     norm,
     norm_resident,
@@ -60,6 +62,9 @@ def compile_rows(
     fn = self._fn if wide else self._anywhere
     options = {"enable_fp_fusion": False, "maxnreg": self._registers.get(warps)}
     made = fn.warmup(*tensors, *numbers, *static, num_warps=warps, grid=(programs,), **options)
+    made.metadata = made.metadata._replace(
+        shared=made.metadata.shared + (cluster.MAILBOX if self._cluster > 1 else 0)
+    )
     report(made, fn.__name__, *static)
 
 
@@ -94,9 +99,13 @@ def rows_on_chip() -> None:
     x = torch.zeros(4, 151936, dtype=torch.bfloat16)
     held = (13, 45)
     softmax_resident._long(4, (x, x), (151936 // 16, 4), (False, *held, 16), 16)
-    tensors = (x, None, x[0], None, x, None, None, None)
+    held = log_softmax_resident.held(151936)
+    log_softmax_resident.kernel(4, (x, x), (151936 // 16, 4), held, log_softmax_resident.WARPS)
     numbers = (151936 // 16, 4, 151936.0, 1e-6)
-    norm_resident.resident(4, tensors, numbers, (True, *held, norm_resident.WARPS), 8)
+    for other in (None, x):
+        tensors = (x, other, x[0], None, x, other, None, None)
+        kept = norm_resident.held(151936, True, True, other is not None)
+        norm_resident.kernel(4, tensors, numbers, kept, norm_resident.WARPS)
 
 
 def attend(size: int, dtype: torch.dtype) -> None:

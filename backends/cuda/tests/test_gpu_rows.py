@@ -27,6 +27,7 @@ from batch_invariant_cuda import (  # noqa: E402
     attention,
     elementwise,
     embedding,
+    log_softmax_resident,
     norm,
     norm_resident,
     reduce,
@@ -150,7 +151,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that have compiled nothing, so that a test sees whether its calls take them."""
     for family in (norm, reduce, softmax):
         family._calls.forget()
-    held = (norm_resident.resident, softmax_resident._long, softmax_resident._short)
+    clusters = (norm_resident.kernel, log_softmax_resident.kernel)
+    held = (*clusters, softmax_resident._long, softmax_resident._short)
     for kernel in (*held, reduce._long_reduce):
         monkeypatch.setattr(kernel, "_compiled", {})
 
@@ -183,13 +185,19 @@ SOFTMAXES = ["softmax", "log_softmax", "log_softmax to fp32"]
     ],
 )
 def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
-    """More rows than programs, held on chip where there is room."""
-    for n in (107536, 114000, 128256, 151936, 155648):
-        assert not differing_of_many(label, dtype, n, 30), n
-    if label in ("rms_norm", "rms_norm without weight", "rms_norm fp32 weight"):
-        assert norm_resident.resident._compiled
+    """More rows than programs, and fewer, held on chip where there is room."""
+    kernel = norm_resident.kernel
     if label in SOFTMAXES:
-        assert softmax_resident._long._compiled
+        kernel = softmax_resident._long if label == "softmax" else log_softmax_resident.kernel
+    sizes = [(n, 30) for n in (107536, 114000, 128256, 151936, 155648)]
+    if label != "softmax":
+        sizes += [(65552, 1), (65552, 30), (98304, 10), (151936, 4), (155648, 1), (196608, 30)]
+    if label == "rms_norm residual and weight":
+        sizes += [(16400, 1), (32768, 11), (32784, 30), (49152, 5)]
+    for n, times in sizes:
+        kernel._compiled.clear()
+        assert not differing_of_many(label, dtype, n, times), n
+        assert bool(kernel._compiled) == (label != "rms_norm partial"), (n, times)
 
 
 @pytest.mark.usefixtures("fresh")
