@@ -20,6 +20,10 @@ _E2 = tl.constexpr(float.fromhex("0x1.5558d2p-5"))
 _E3 = tl.constexpr(float.fromhex("0x1.555492p-3"))
 _E4 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
 
+_TINY = tl.constexpr(2.0**-60)
+_LARGER = tl.constexpr(2.0**64)
+_MIDDLE = tl.constexpr(2.0**-86)  # half of the smallest denormal number, made larger
+
 _LOG_LN2_HIGH = tl.constexpr(float.fromhex("0x1.62e4p-1"))
 _LOG_LN2_LOW = tl.constexpr(float.fromhex("0x1.7f7d1cp-20"))
 _L0 = tl.constexpr(float.fromhex("-0x1.38b512p-4"))
@@ -89,6 +93,26 @@ def near_div(x, divisor, reciprocal):
     """
     q = x * reciprocal
     return tl.fma(tl.fma(-q, divisor, x), reciprocal, q)
+
+
+@triton.jit
+def share_div(x, divisor, reciprocal):
+    """The bits of `div_rn(x, divisor)` for x in [0, 1] or NaN and a divisor in [1, 2^30].
+
+    Where quotients are tiny, `div_rn` takes a long way. Here a tiny x is made larger by 2^64. When
+    the quotient is made smaller again it can be denormal, and is then rounded a second time: where
+    it was in the middle of two numbers, what the first rounding has left tells which one is next.
+    """
+    tiny = x < _TINY
+    x = tl.where(tiny, x * _LARGER, x)
+    q = near_div(x, divisor, reciprocal)
+    left = tl.fma(-q, divisor, x)
+    y = q * (1 / _LARGER)
+    off = q - y * _LARGER
+    up = (off == _MIDDLE) & (left > 0.0)
+    down = (off == -_MIDDLE) & (left < 0.0)
+    bits = y.to(tl.int32, bitcast=True) + up.to(tl.int32) - down.to(tl.int32)
+    return tl.where(tiny, bits.to(tl.float32, bitcast=True), q)
 
 
 @triton.jit

@@ -3,6 +3,9 @@
 Scaled to [1, 2), what its last FMA rounds is within 2^-46 of the quotient. So only a quotient that
 close to the middle of two fp32 numbers is at risk: x 2^k = m d + j for an odd m of 25 bits, a small
 j, and k = 25 below 1, 24 from 1 on. Emulated in fp64, since this tests the method and no device.
+
+`explog.share_div` rounds denormal quotients a second time; at risk are those close to the middle of
+two of them.
 """
 
 from __future__ import annotations
@@ -68,3 +71,40 @@ def test_one_correction_of_a_quotient_is_enough() -> None:
         tried, corrected, plain = wrong(torch.arange(begin, begin + (1 << 20)))
         assert corrected == 0
         assert plain > tried / 4 > 0  # the control: these are the hard ones
+
+
+def near_div(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    reciprocal = (1 / d.double()).float()
+    q = x * reciprocal
+    return fma(fma(-q, d, x), reciprocal, q)
+
+
+def share_div(x: torch.Tensor, d: torch.Tensor, mended: bool) -> torch.Tensor:
+    tiny = x < 2.0**-60
+    x = torch.where(tiny, x * 2.0**64, x)
+    q = near_div(x, d)
+    left = fma(-q, d, x)
+    y = q * 2.0**-64
+    off = q - y * 2.0**64
+    step = ((off == 2.0**-86) & (left > 0)).int() - ((off == -(2.0**-86)) & (left < 0)).int()
+    return torch.where(tiny, (y.view(torch.int32) + step * mended).view(torch.float32), q)
+
+
+def test_tiny_quotients_are_rounded_once() -> None:
+    made = torch.Generator().manual_seed(0)
+    d = 1 + torch.rand(1 << 20, generator=made) * 2.0 ** torch.randint(0, 19, (1 << 20,))
+    wrong = {True: 0, False: 0}
+    for bits in (0, 1, 3, 10, 22, 23):
+        grid = torch.randint(1 << bits >> 1, 1 << bits, d.shape, generator=made).double()
+        near = ((grid + 0.5) * 2.0**-149 * d.double()).float().view(torch.int32)
+        for ulp in range(-3, 4):
+            x = (near + ulp).clamp(min=0).view(torch.float32)
+            exact = (x.double() / d.double()).float()
+            for mended in wrong:
+                wrong[mended] += int((share_div(x, d, mended) != exact).sum())
+    assert bool(share_div(torch.full_like(d, torch.nan), d, True).isnan().all())
+    every = torch.arange(0, 0x3F800001, 1019, dtype=torch.int32).view(torch.float32)
+    d = d[: len(every)]
+    assert torch.equal(share_div(every, d, True), (every.double() / d.double()).float())
+    assert wrong[True] == 0
+    assert wrong[False] > 0  # the control
