@@ -1,12 +1,14 @@
 """What the programs of a cluster tell each other about a row that they share, written in PTX.
 
-Four programs have a row: each a quarter of its 1024 lanes, 256 that lie side by side. Each sends
-two numbers of each thread of four warps to all four, and each folds what all have sent: lanes in
-the order of `rows.fold`, or the range of numbers. The warps that fold tell the other warps.
+Eight programs have a row: each an eighth of its 1024 lanes, 128 that lie side by side, one for
+each thread of four warps. These send their lanes to all programs, or the range of their numbers,
+and one warp in each folds what all have sent: lanes in the order of `rows.fold`. It tells the other
+warps what it came to.
 
-A mailbox in a program's shared memory has room for two rows in turn. A program sends the numbers
-of the next row but one only after all programs have sent those of the next, so after all have read
-these. What a GPU needs (compute capability 9.0): clusters, `st.async`, barriers in shared memory.
+A mailbox in a program's shared memory has room for four rows in turn. A warp sends what it has of
+a row only when all programs have sent all of a row before, which is later than the one whose room
+it takes. What a GPU needs (compute capability 9.0): clusters, `st.async`, barriers in shared
+memory.
 """
 
 from __future__ import annotations
@@ -16,29 +18,43 @@ from triton.experimental.gluon import language as gl
 
 from batch_invariant_cuda import rows
 
-PROGRAMS = gl.constexpr(4)  # of a cluster
-WIDTH = gl.constexpr(rows.LANES // 4)  # lanes of a program
-WARPS = gl.constexpr(4)  # that send and fold: two lanes in each thread
-LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+PROGRAMS = gl.constexpr(8)  # of a cluster
+WIDTH = gl.constexpr(rows.LANES // 8)  # lanes of a program
+WARPS = gl.constexpr(4)  # that send: a lane in each thread
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+PAIRS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+TURNS = gl.constexpr(4)
 
-_MAIL = 4 * rows.LANES  # bytes of a row
-_ARRIVED = 2 * _MAIL  # two barriers: what all have sent is here
-_TOLD = _ARRIVED + 16  # two barriers: what it came to is here
-_RESULT = _TOLD + 16  # two pairs of numbers
-MAILBOX = _RESULT + 96  # bytes; off a multiple of 32, copies to what lies behind took longer
+_LANES_MAIL = gl.constexpr(4 * rows.LANES)  # bytes of a row: a number for each lane
+_RANGE_MAIL = gl.constexpr(8 * PROGRAMS.value * WARPS.value)  # two for each warp
 
 
 @gluon.constexpr_function
-def _opening():
+def mailbox_size(mail):
+    """Bytes: mail, two barriers (all mail is here, the result is here), two numbers of results.
+
+    A multiple of 128: if what lies behind began elsewhere, copies to it took longer.
+    """
+    return -(-TURNS.value * (mail + 24) // 128) * 128
+
+
+MAILBOXES = mailbox_size(_LANES_MAIL.value) + mailbox_size(
+    _RANGE_MAIL.value
+)  # bytes that a row may need
+
+
+@gluon.constexpr_function
+def _opening(mail):
+    turns = TURNS.value
     barriers = "".join(
-        f"@first mbarrier.init.shared::cta.b64 [$0 + {at}], 1;"
-        for at in range(_ARRIVED, _RESULT, 8)
+        f"@first mbarrier.init.shared::cta.b64 [$0 + {turns * mail + i * 8}], 1;"
+        for i in range(2 * turns)
     )
     return f"""{{
-        .shared .align 16 .b8 mailbox[{MAILBOX}];
+        .shared .align 128 .b8 mailbox{mail}[{mailbox_size(mail)}];
         .reg .b32 thread;
         .reg .pred first;
-        mov.u32 $0, mailbox;
+        mov.u32 $0, mailbox{mail};
         mov.u32 thread, %tid.x;
         setp.eq.u32 first, thread, 0;
         {barriers}
@@ -46,9 +62,16 @@ def _opening():
 
 
 @gluon.jit
-def open_mailbox():
-    """The address of a mailbox. Before the first mail the cluster has to `meet`."""
-    steps: gl.constexpr = _opening()
+def open_lanes():
+    """The address of a mailbox for lanes. Before the first mail the cluster has to `meet`."""
+    steps: gl.constexpr = _opening(_LANES_MAIL)
+    return gl.inline_asm_elementwise(steps, "=&r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def open_ranges():
+    """The address of a mailbox for ranges."""
+    steps: gl.constexpr = _opening(_RANGE_MAIL)
     return gl.inline_asm_elementwise(steps, "=&r", [], gl.int32, False, 1)
 
 
@@ -62,118 +85,169 @@ def meet():
 
 
 @gluon.constexpr_function
-def _sharing(first_op, second_op, alike):
-    """Sends the registers `a0` and `b0` of each thread, folds what has come and tells the result.
+def _turn(mail, mailbox, row):
+    """The registers for a row's turn in a mailbox."""
+    turns = TURNS.value
+    return f"""
+        .reg .b32 turn, phase, mail, arrived, told, result;
+        and.b32 turn, {row}, {turns - 1};
+        bfe.u32 phase, {row}, {turns.bit_length() - 1}, 1;
+        mad.lo.u32 result, turn, 8, {mailbox};
+        add.u32 arrived, result, {turns * mail};
+        add.u32 told, result, {turns * mail + turns * 8};
+        add.u32 result, result, {turns * mail + turns * 16};
+        mad.lo.u32 mail, turn, {mail}, {mailbox};"""
 
-    $0, $1: nothing. $2, $3: lanes. $4: the first's number. $6: mailbox. $8: the row's number.
-    alike: both numbers are summed, at last to one; -0 becomes +0, as in `rows.fold`.
-    """
-    text = f"""
-        .reg .b32 turn, phase, mail, arrived, told, result, own, there, barrier, t;
+
+@gluon.constexpr_function
+def _waiting(barrier, scope):
+    return f"""
+        AGAIN: mbarrier.try_wait.parity.acquire.{scope}.shared::cta.b64 here, [{barrier}], phase;
+        @!here bra AGAIN;"""
+
+
+@gluon.constexpr_function
+def _butterfly(*ops):
+    """Folds a number of each lane of a warp, for each (register, operation)."""
+    return "".join(
+        f"shfl.sync.bfly.b32 other, {v}, {apart}, 31, -1; {op} {v}, {v}, other;"
+        for apart in (16, 8, 4, 2, 1)
+        for v, op in ops
+    )
+
+
+_SHARED_REGISTERS = """
+        .reg .b32 own, there, barrier, lane;
         .reg .f32 other;
-        .reg .pred first, here;
-        and.b32 turn, $8, 1;
-        bfe.u32 phase, $8, 1, 1;
-        mad.lo.u32 mail, turn, {_MAIL}, $6;
-        mad.lo.u32 result, turn, 8, $6;
-        add.u32 arrived, result, {_ARRIVED};
-        add.u32 told, result, {_TOLD};
-        setp.eq.u32 first, $4, 0;
-        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {_MAIL};
-        mov.u32 t, %cluster_ctarank;
-        mad.lo.u32 own, t, {_MAIL // PROGRAMS.value}, mail;
-        mad.lo.u32 own, $4, 4, own;"""
+        .reg .pred first, here, folds;
+        setp.eq.u32 first, number, 0;
+        setp.lt.u32 folds, number, 32;
+        mov.u32 lane, %laneid;
+        mov.u32 own, %cluster_ctarank;"""
+_TELLING = """
+        @first st.shared.v2.f32 [result], {a0, b0};
+        @first mbarrier.arrive.release.cta.shared::cta.b64 _, [told];"""
+
+
+@gluon.constexpr_function
+def _sharing_lanes():
+    """$1: the lane. $2: mailbox. $3: the row's number. $4: a lane's bits. $5: the remark."""
+    text = (
+        "{ .reg .f32 a<16>, b<16>; .reg .b32 number; mov.b32 number, $1;"
+        + _SHARED_REGISTERS
+        + _turn(_LANES_MAIL.value, "$2", "$3")
+        + f"""
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {_LANES_MAIL.value};
+        mad.lo.u32 own, own, {4 * WIDTH.value}, mail;
+        mad.lo.u32 own, number, 4, own;"""
+    )
     for program in range(PROGRAMS.value):
         text += f"""
         mapa.shared::cluster.u32 there, own, {program};
         mapa.shared::cluster.u32 barrier, arrived, {program};
-        st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32
-            [there], {{a0, b0}}, [barrier];"""
+        st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $4, [barrier];"""
+    text += _waiting("arrived", "cluster")
     text += """
-        AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 here, [arrived], phase;
-        @!here bra AGAIN;
-        mov.u32 t, %laneid;
-        mad.lo.u32 mail, t, 8, mail;"""
+        @!folds bra DONE;
+        mad.lo.u32 mail, lane, 8, mail;"""
     for i in range(16):
         text += f"""
         ld.shared.v2.f32 {{a{i}, b{i}}}, [mail + {i * 256}];"""
     for half in (8, 4, 2, 1):
         for i in range(half):
             text += f"""
-        {first_op} a{i}, a{i}, a{i + half}; {second_op} b{i}, b{i}, b{i + half};"""
-    for apart in (16, 8, 4, 2, 1):
-        for op, v in ((first_op, "a0"), (second_op, "b0")):
-            text += f"""
-        shfl.sync.bfly.b32 other, {v}, {apart}, 31, -1; {op} {v}, {v}, other;"""
-    if alike:
-        text += f"""
-        {first_op} a0, a0, b0;
-        {first_op} a0, a0, 0f00000000;"""
-    return (
-        text
-        + f"""
-        @first st.shared.v2.f32 [result + {_RESULT}], {{a0, b0}};
-        @first mbarrier.arrive.release.cta.shared::cta.b64 _, [told];
-        mov.b32 $0, $2;
-        mov.b32 $1, $3;"""
-    )
-
-
-@gluon.constexpr_function
-def _sharing_lanes():
-    return """{ .reg .f32 a<16>, b<16>; mov.b32 a0, $2; mov.b32 b0, $3;""" + (
-        _sharing("add.rn.f32", "add.rn.f32", True) + "}"
-    )
+        add.rn.f32 a{i}, a{i}, a{i + half}; add.rn.f32 b{i}, b{i}, b{i + half};"""
+    text += _butterfly(("a0", "add.rn.f32"), ("b0", "add.rn.f32"))
+    # as the last addition of `rows.fold`: -0 becomes +0
+    text += "add.rn.f32 a0, a0, b0; add.rn.f32 a0, a0, 0f00000000; mov.b32 b0, $5;"
+    return text + _TELLING + "DONE: mov.b32 $0, $4; }"
 
 
 @gluon.constexpr_function
 def _sharing_range():
-    """$10, $11: numbers for the smallest beside those for the largest, $2 and $3."""
-    return """{ .reg .f32 a<16>, b<16>; max.NaN.f32 a0, $2, $3; min.f32 b0, $10, $11;""" + (
-        _sharing("max.NaN.f32", "min.f32", False) + "}"
+    """$2: twice the thread's number. $4: mailbox. $6: the row's. $8, $9: large numbers. $10, $11:
+    small ones.
+    """
+    fold = _butterfly(("a0", "max.NaN.f32"), ("b0", "min.f32"))
+    return (
+        "{ .reg .f32 a0, b0; .reg .b32 number, warp; .reg .pred sends; shr.u32 number, $2, 1;"
+        "max.NaN.f32 a0, $8, $9; min.f32 b0, $10, $11;"
+        + _SHARED_REGISTERS
+        + _turn(_RANGE_MAIL.value, "$4", "$6")
+        + fold
+        + f"""
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {_RANGE_MAIL.value};
+        setp.lt.u32 sends, lane, {PROGRAMS.value};
+        shr.u32 warp, number, 5;
+        mad.lo.u32 own, own, {8 * WARPS.value}, mail;
+        mad.lo.u32 own, warp, 8, own;
+        mapa.shared::cluster.u32 there, own, lane;
+        mapa.shared::cluster.u32 barrier, arrived, lane;
+        @sends st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32
+            [there], {{a0, b0}}, [barrier];"""
+        + _waiting("arrived", "cluster")
+        + """
+        @!folds bra DONE;
+        mad.lo.u32 mail, lane, 8, mail;
+        ld.shared.v2.f32 {a0, b0}, [mail];"""
+        + fold
+        + _TELLING
+        + "DONE: mov.b32 $0, $8; mov.b32 $1, $8; }"
     )
 
 
 @gluon.jit
-def share_lanes(lanes, mailbox, i):
-    """Sends the [WIDTH] lanes of a program's i-th row, and tells all warps the sum of all."""
+def share_lanes(lanes, mailbox, i, remark):
+    """Sends the [WIDTH] lanes of a program's i-th row, and tells all warps the sum of all.
+
+    With it they are told a remark, and what the threads have stored before.
+    """
     lane = gl.arange(0, WIDTH, LINE)
     steps: gl.constexpr = _sharing_lanes()
+    gl.thread_barrier()
     gl.inline_asm_elementwise(
-        steps, "=r,=r,r,r,r,r,r,r,r,r", [lanes, lane, lane * 0 + mailbox, lane * 0 + i],
-        gl.float32, False, 2,
+        steps, "=r,r,r,r,r,r",
+        [lane, lane * 0 + mailbox, lane * 0 + i, lanes, gl.where(lane >= 0, remark, 0.0)],
+        gl.float32, False, 1,
     )  # fmt: skip
 
 
 @gluon.jit
 def share_range(top, bottom, mailbox, i):
-    """Sends [WIDTH] largest and smallest numbers, and tells all warps those of the i-th row."""
-    lane = gl.arange(0, WIDTH, LINE)
+    """Sends [2 WIDTH] largest and smallest numbers, and tells all warps those of the i-th row."""
+    each = gl.arange(0, 2 * WIDTH, PAIRS)
     steps: gl.constexpr = _sharing_range()
     gl.inline_asm_elementwise(
-        steps, "=f,=f,f,f,r,r,r,r,r,r,f,f", [top, lane, lane * 0 + mailbox, lane * 0 + i, bottom],
+        steps, "=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [each, each * 0 + mailbox, each * 0 + i, top, bottom],
         gl.float32, False, 2,
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def _hearing():
+def _hearing(mail):
     """$0, $1: what was told. $2: mailbox. $3: the row's number."""
-    return f"""{{
-        .reg .b32 turn, phase, result;
-        .reg .pred here;
-        and.b32 turn, $3, 1;
-        bfe.u32 phase, $3, 1, 1;
-        mad.lo.u32 result, turn, 8, $2;
-        AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 here, [result + {_TOLD}], phase;
-        @!here bra AGAIN;
-        ld.shared.v2.f32 {{$0, $1}}, [result + {_RESULT}]; }}"""
+    return (
+        "{ .reg .pred here;"
+        + _turn(mail, "$2", "$3")
+        + _waiting("told", "cta")
+        + "ld.shared.v2.f32 {$0, $1}, [result]; }"
+    )
 
 
 @gluon.jit
-def hear(mailbox, i):
-    """What was told of a program's i-th row: its largest and smallest, or its sum (first)."""
-    steps: gl.constexpr = _hearing()
+def hear_sum(mailbox, i):
+    """The sum of the lanes of a program's i-th row, and the remark."""
+    steps: gl.constexpr = _hearing(_LANES_MAIL)
+    return gl.inline_asm_elementwise(
+        steps, "=&f,=&f,r,r", [mailbox, i], (gl.float32, gl.float32), False, 1
+    )
+
+
+@gluon.jit
+def hear_range(mailbox, i):
+    """The largest and the smallest number of a program's i-th row."""
+    steps: gl.constexpr = _hearing(_RANGE_MAIL)
     return gl.inline_asm_elementwise(
         steps, "=&f,=&f,r,r", [mailbox, i], (gl.float32, gl.float32), False, 1
     )

@@ -23,9 +23,8 @@ from batch_invariant.ops.norm import (
     stats_shape,
 )
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
-from batch_invariant_cuda import segments
+from batch_invariant_cuda import norm_long, segments
 from batch_invariant_cuda.norm_kernels import held, held_sums, segment, walked
-from batch_invariant_cuda.norm_resident import resident
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import CENTRED_RSTD, MEAN, RSTD, TERM_OF
 from batch_invariant_cuda.row_launch import LONG_WARPS, Calls, Plan, is_long, kind_of, plan_of
@@ -132,7 +131,7 @@ def _launch(
     affine = (weight is not None, bias is not None, groups > 0)
     static: tuple[Any, ...]
     if size == n:
-        found = None if centred or affine[1] else resident(tensors, float(n), eps, shape)
+        found = None if centred or affine[1] else norm_long.launch_of(tensors, float(n), eps, shape)
         if found is not None or shape.split:
             return found
     if not shape.tiles:

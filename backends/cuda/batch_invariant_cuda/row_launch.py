@@ -141,11 +141,18 @@ class RowKernel:
         """So many clusters, or as many as a GPU runs at a time."""
         if self._cluster == 1:
             return programs
-        if kernel not in self._most:
+        most = self._most.get(kernel)
+        if most is None:
             kernel._init_handles()
             count = triton.runtime.driver.active.utils.cuOccupancyMaxActiveClusters
-            self._most[kernel] = count(kernel.function, kernel.metadata.shared, self._cluster)
-        return min(programs, self._most[kernel])
+            most = count(kernel.function, kernel.metadata.shared, self._cluster)
+            if most < 1:  # a launch of none would leave the results as they are
+                raise RuntimeError(
+                    f"{self._fn.__name__} needs clusters of {self._cluster} programs with "
+                    f"{kernel.metadata.shared} bytes of shared memory each, and this GPU runs none"
+                )
+            self._most[kernel] = most
+        return min(programs, most)
 
     def repeat(
         self,

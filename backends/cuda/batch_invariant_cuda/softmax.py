@@ -20,12 +20,11 @@ from batch_invariant.ops.dims import from_rows_along, normalize, rows_along
 from batch_invariant.ops.row_order import ROW_ORDER, lane_sum
 from batch_invariant.ops.softmax import check_softmax_backward
 from batch_invariant.stock import stock
-from batch_invariant_cuda import log_softmax_resident, segments
+from batch_invariant_cuda import segments, softmax_long, softmax_short
 from batch_invariant_cuda.reduce import cast, finish
 from batch_invariant_cuda.reduce_ops import EXP_SUM, LOG_EXP_SUM, TERM_OF
 from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
 from batch_invariant_cuda.softmax_kernels import backward, held, segment, walked
-from batch_invariant_cuda.softmax_resident import resident
 
 
 def _split_rows(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> None:
@@ -64,9 +63,9 @@ def softmax_rows(log: bool, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Te
 def _launch(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
     """A kernel and its launch; None for rows that are split, which several launches handle."""
     rows, n = x.shape
-    found = log_softmax_resident.resident(x, out, shape) if log else None
+    found = softmax_long.launch_of(log, x, out, shape)
     if found is None:
-        found = resident(log, x, out, shape)
+        found = softmax_short.launch_of(log, x, out, shape)
     if found is not None or shape.split:
         return found
     if not shape.tiles:

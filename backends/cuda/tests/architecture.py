@@ -18,14 +18,14 @@ from batch_invariant_cuda import (
     attention_ring,
     cluster,
     launch,
-    log_softmax_resident,
     matmul,
     norm,
-    norm_resident,
+    norm_long,
     reduce,
     row_launch,
     softmax,
-    softmax_resident,
+    softmax_long,
+    softmax_short,
     varlen_attention,
     varlen_ring,
     varlen_tiles,
@@ -63,7 +63,7 @@ def compile_rows(
     options = {"enable_fp_fusion": False, "maxnreg": self._registers.get(warps)}
     made = fn.warmup(*tensors, *numbers, *static, num_warps=warps, grid=(programs,), **options)
     made.metadata = made.metadata._replace(
-        shared=made.metadata.shared + (cluster.MAILBOX if self._cluster > 1 else 0)
+        shared=made.metadata.shared + (cluster.MAILBOXES if self._cluster > 1 else 0)
     )
     report(made, fn.__name__, *static)
 
@@ -91,21 +91,20 @@ def rows(n: int) -> None:
 def rows_in_registers() -> None:
     x = torch.zeros(4, 14336, dtype=torch.bfloat16)
     for warps in (8, 16):
-        softmax_resident._short(4, (x, x), (14336 // 16, PROCESSORS), (False, 14, warps), warps)
+        softmax_short.kernel(4, (x, x), (14336 // 16, PROCESSORS), (False, 14, warps), warps)
 
 
 def rows_on_chip() -> None:
     """For GPUs with 227 KiB of shared memory for a program."""
     x = torch.zeros(4, 151936, dtype=torch.bfloat16)
-    held = (13, 45)
-    softmax_resident._long(4, (x, x), (151936 // 16, 4), (False, *held, 16), 16)
-    held = log_softmax_resident.held(151936)
-    log_softmax_resident.kernel(4, (x, x), (151936 // 16, 4), held, log_softmax_resident.WARPS)
+    for log, kernel in ((False, softmax_long.kernel), (True, softmax_long.log_kernel)):
+        held = softmax_long.held(log, 151936)
+        kernel(4, (x, x), (151936 // 16, 4), held, softmax_long.WARPS.value)
     numbers = (151936 // 16, 4, 151936.0, 1e-6)
     for other in (None, x):
         tensors = (x, other, x[0], None, x, other, None, None)
-        kept = norm_resident.held(151936, True, True, other is not None)
-        norm_resident.kernel(4, tensors, numbers, kept, norm_resident.WARPS)
+        kept = norm_long.held(151936, True, True, other is not None)
+        norm_long.kernel(4, tensors, numbers, kept, norm_long.WARPS.value)
 
 
 def attend(size: int, dtype: torch.dtype) -> None:

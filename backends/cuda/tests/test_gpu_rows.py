@@ -27,15 +27,15 @@ from batch_invariant_cuda import (  # noqa: E402
     attention,
     elementwise,
     embedding,
-    log_softmax_resident,
     norm,
-    norm_resident,
+    norm_long,
     reduce,
     row_launch,
     scan,
     select,
     softmax,
-    softmax_resident,
+    softmax_long,
+    softmax_short,
 )
 
 FAMILIES = (reduce, softmax, norm, scan, select, embedding, elementwise, attention)
@@ -55,6 +55,8 @@ def data(kind: str, rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
         x[:, 0] += 1
     elif kind == "denormal":
         x = x * torch.finfo(dtype).smallest_normal / 8
+    elif kind == "far":  # exponentials of all sizes, denormal ones and zeros too
+        x = x * 25
     elif kind == "special":
         x[0, n // 2] = math.inf
         x[-1, n - 1] = math.nan
@@ -64,7 +66,7 @@ def data(kind: str, rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-KINDS = ("normal", "cancelling", "denormal", "special")
+KINDS = ("normal", "cancelling", "denormal", "far", "special")
 
 Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 CALLS: dict[str, tuple[str, Call]] = {
@@ -81,6 +83,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     "logsumexp": ("logsumexp", lambda f, x, y, w: f(x, [-1])),
     "softmax": ("softmax", lambda f, x, y, w: f(x, -1, None)),
     "log_softmax": ("log_softmax", lambda f, x, y, w: f(x, -1, None)),
+    "softmax to fp32": ("softmax", lambda f, x, y, w: f(x, -1, torch.float32)),
     "log_softmax to fp32": ("log_softmax", lambda f, x, y, w: f(x, -1, torch.float32)),
     "softmax_backward": ("softmax_backward", lambda f, x, y, w: f(x, y, -1, x.dtype)),
     "log_softmax_backward": ("log_softmax_backward", lambda f, x, y, w: f(x, y, -1, x.dtype)),
@@ -151,14 +154,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that have compiled nothing, so that a test sees whether its calls take them."""
     for family in (norm, reduce, softmax):
         family._calls.forget()
-    clusters = (norm_resident.kernel, log_softmax_resident.kernel)
-    held = (*clusters, softmax_resident._long, softmax_resident._short)
+    held = (norm_long.kernel, softmax_long.kernel, softmax_long.log_kernel, softmax_short.kernel)
     for kernel in (*held, reduce._long_reduce):
         monkeypatch.setattr(kernel, "_compiled", {})
 
 
 def differing_of_many(label: str, dtype: torch.dtype, n: int, times: int) -> list[str]:
-    """A dozen rows of all kinds, as often as that: those for the slow parts of exp among others."""
+    """Rows of all kinds, as often as that: those for the slow parts of exp among others."""
     name, call = CALLS[label]
     x = torch.cat([data(kind, 3, n, dtype) for kind in KINDS])
     y, w = x.flip(0), data("normal", 1, n, dtype)[0]
@@ -166,12 +168,12 @@ def differing_of_many(label: str, dtype: torch.dtype, n: int, times: int) -> lis
     many = (x.repeat(times, 1).cuda(), y.repeat(times, 1).cuda(), w.cuda())
     on_gpu = tensors(call(GPU[name].fn, *many))
     pairs = [(c, g) for c, g in zip(on_cpu, on_gpu, strict=True) if c.numel()]
-    found = [mismatch(c.repeat(times, *[1] * (c.dim() - 1)), g.cpu()) for c, g in pairs]
+    found = [mismatch(c.cuda().repeat(times, *[1] * (c.dim() - 1)), g) for c, g in pairs]
     return [f"{n}: {m}" for m in found if m is not None]
 
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-SOFTMAXES = ["softmax", "log_softmax", "log_softmax to fp32"]
+SOFTMAXES = ["softmax", "softmax to fp32", "log_softmax", "log_softmax to fp32"]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -186,18 +188,38 @@ SOFTMAXES = ["softmax", "log_softmax", "log_softmax to fp32"]
 )
 def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype) -> None:
     """More rows than programs, and fewer, held on chip where there is room."""
-    kernel = norm_resident.kernel
+    kernel, least = norm_long.kernel, 49168
     if label in SOFTMAXES:
-        kernel = softmax_resident._long if label == "softmax" else log_softmax_resident.kernel
-    sizes = [(n, 30) for n in (107536, 114000, 128256, 151936, 155648)]
-    if label != "softmax":
-        sizes += [(65552, 1), (65552, 30), (98304, 10), (151936, 4), (155648, 1), (196608, 30)]
+        log = label.startswith("log")
+        kernel, least = (softmax_long.log_kernel, 49168) if log else (softmax_long.kernel, 32784)
     if label == "rms_norm residual and weight":
-        sizes += [(16400, 1), (32768, 11), (32784, 30), (49152, 5)]
+        least = 16400
+    sizes = [(least, 1), (least, 30), (65552, 5), (73728, 10), (98304, 30), (107536, 20)]
+    sizes += [(128256, 30), (151936, 4), (151936, 30), (155648, 1), (196608, 10), (262144, 20)]
     for n, times in sizes:
         kernel._compiled.clear()
         assert not differing_of_many(label, dtype, n, times), n
         assert bool(kernel._compiled) == (label != "rms_norm partial"), (n, times)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    "label", ["softmax to fp32", "log_softmax to fp32", "rms_norm", "rms_norm residual and weight"]
+)
+def test_rows_shared_by_a_cluster_have_the_bits_of_rows_on_one_program(
+    label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many that another order of additions would be seen in results of 16 bits too."""
+    name, call = CALLS[label]
+    x = torch.randn(768, 151936, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    args = (x.bfloat16(), x.flip(0).bfloat16(), x[0].bfloat16())
+    shared = tensors(call(GPU[name].fn, *args))
+    for family in (norm_long, softmax_long):
+        monkeypatch.setattr(family, "launch_of", lambda *_: None)
+    for family in (norm, softmax):
+        family._calls.forget()
+    alone = tensors(call(GPU[name].fn, *args))
+    assert [mismatch(a, b) for a, b in zip(shared, alone, strict=True)] == [None] * len(alone)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -207,11 +229,11 @@ def test_short_rows_in_registers_have_the_bits_of_the_cpu(label: str, dtype: tor
     """Few rows on many warps, and many on fewer."""
     for n in (2064, 4096, 14336):
         assert not differing_of_many(label, dtype, n, 1), n
-    assert softmax_resident._short._compiled
-    softmax_resident._short._compiled.clear()
+    assert softmax_short.kernel._compiled
+    softmax_short.kernel._compiled.clear()
     for n in (4112, 8208, 14336, 16384):
         assert not differing_of_many(label, dtype, n, 60), n
-    assert bool(softmax_resident._short._compiled) == (label != "log_softmax to fp32")
+    assert bool(softmax_short.kernel._compiled) == ("fp32" not in label)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

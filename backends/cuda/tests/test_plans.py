@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -268,3 +270,24 @@ def test_attention_keeps_to_one_tile_where_the_matrix_units_are_unknown(monkeypa
 def test_tiles_that_go_alone(tiles, size, blocks, alone):
     """On 132 multiprocessors; which way they go changes no bit."""
     assert attention.goes_alone(tiles, size, blocks, 132) is alone
+
+
+def test_no_more_clusters_are_launched_than_a_gpu_runs_at_a_time(monkeypatch):
+    """A launch of none would leave the results as they are, without an error."""
+    fits = {"some": 15, "none": 0}
+    tools = SimpleNamespace(cuOccupancyMaxActiveClusters=lambda name, shared, size: fits[name])
+    driver = SimpleNamespace(active=SimpleNamespace(utils=tools))
+    monkeypatch.setattr(row_launch.triton.runtime, "driver", driver)
+
+    def made(name):
+        about = SimpleNamespace(shared=1 << 17)
+        return type("Made", (), {"_init_handles": int, "function": name, "metadata": about})
+
+    def kernel():
+        """A kernel without a GPU."""
+
+    shared = row_launch.RowKernel(kernel, cluster=8)
+    assert [shared._at_a_time(made("some"), programs) for programs in (1, 15, 1024)] == [1, 15, 15]
+    with pytest.raises(RuntimeError, match="kernel needs clusters of 8 programs"):
+        shared._at_a_time(made("none"), 1024)
+    assert row_launch.RowKernel(kernel)._at_a_time(made("none"), 1024) == 1024

@@ -1,8 +1,9 @@
 """rms_norm of long 16-bit rows that a cluster holds, alone or with a residual, written in Gluon.
 
-Each element is read once. Four programs share a row by lanes (`cluster.py`); in each, some warps
-add up the squares of the next row while others make this row's results and send for a later row
-in its place (`row_ring.py`). A weight of 16 bits stays in registers. Order as in `rows.py`.
+Each element is read once. Eight programs share a row by lanes (`cluster.py`); in each, two groups
+of warps in turn add up a row's squares while others make the results of the row before it and send
+for a later one in its place (`row_ring.py`). A weight of 16 bits stays in registers. Order as in
+`rows.py`.
 """
 
 # ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
@@ -17,15 +18,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mbarrier
 
 from batch_invariant_cuda import cluster, reduce_ops, rows
-from batch_invariant_cuda.cluster import LINE, WIDTH, hear, meet, open_mailbox, share_lanes
-from batch_invariant_cuda.row_launch import Plan, RowKernel, shared_memory
+from batch_invariant_cuda.cluster import LINE, WIDTH, hear_sum, meet, open_lanes, share_lanes
+from batch_invariant_cuda.row_launch import Plan, RowKernel
 from batch_invariant_cuda.row_ring import (
-    BYTES,
-    DEPTH,
     SLOT,
     TILES,
     WARPS,
-    ends,
+    copy,
+    fits,
+    lanes_of,
+    most_slots,
+    nothing,
     places,
     plain,
     send_for,
@@ -36,60 +39,42 @@ from batch_invariant_cuda.row_ring import (
 )
 
 _RSTD = reduce_ops.RSTD
-_MOST = 12  # slots of a row
-_SLOTS = 26  # in shared memory
-_REGISTERS = 168  # of a thread, on average
-_ADDER_REGISTERS = gl.constexpr(88)
+_LEAST = 48 * rows.LANES  # columns: longer rows are held without a residual too
+_SLOTS = 25  # in shared memory, of one ring or two
+_REGISTERS = 128  # of a thread, on average
+_ADDER_REGISTERS = gl.constexpr(72)
 
 _finished = gluon.jit(reduce_ops.finished.fn)
 
 
 @gluon.jit
-def _squares(held, held2, first, T: gl.constexpr, within, SUMMED: gl.constexpr):
-    """The lanes of T tiles of a segment from `first` on; of the last one those that are within."""
+def _squares(slots, slots2, first, T: gl.constexpr, within, SUMMED: gl.constexpr):
+    held, held2 = tiles_of(slots), tiles_of(slots2)
     part = gl.zeros([WIDTH], gl.float32, LINE)
     for t in gl.static_range(T):
         v = held.index(first + t).load(LINE).to(gl.float32)
         if SUMMED:
             v += held2.index(first + t).load(LINE).to(gl.float32)
         v = v * v
-        if t == T - 1:
-            v = gl.where(within, v, 0.0)
-        part += v
+        part += gl.where(within, v, 0.0) if t == T - 1 else v
     return part
 
 
 @gluon.jit
 def _adder(
-    slots, slots2, ready, mailbox, n, count,
+    slots, slots2, ready, mailbox, n, count, FIRST: gl.constexpr,
     Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
-    """Adds up the squares of row after row, as they come."""
+    """Adds up the squares of every other row, as they come."""
     meet()
-    held, held2 = tiles_of(slots, SLOTS), tiles_of(slots2, SLOTS)
-    all_within = gl.full([WIDTH], True, gl.int1, LINE)
-    within = ends(n, Q, T)
-    row = gl.program_id(0) // cluster.PROGRAMS
-    i = 0
+    step = gl.num_programs(0) // cluster.PROGRAMS
+    row = gl.program_id(0) // cluster.PROGRAMS + FIRST * step
+    i = FIRST + 0
     while row < count:
-        lanes = gl.zeros([WIDTH], gl.float32, LINE)
-        for s in range(Q - 1):
-            slot, phase = where(i, s, Q, SLOTS)
-            mbarrier.wait(ready.index(slot), phase)
-            for half in gl.static_range(TILES // DEPTH):
-                first = slot * TILES + half * DEPTH
-                lanes += _squares(held, held2, first, DEPTH, all_within, SUMMED)
-        slot, phase = where(i, Q - 1, Q, SLOTS)
-        mbarrier.wait(ready.index(slot), phase)
-        first = slot * TILES
-        if T > DEPTH:
-            lanes += _squares(held, held2, first, DEPTH, all_within, SUMMED)
-            lanes += _squares(held, held2, first + DEPTH, T - DEPTH, within, SUMMED)
-        else:
-            lanes += _squares(held, held2, first, T, within, SUMMED)
-        share_lanes(lanes, mailbox, i)
-        row += gl.num_programs(0) // cluster.PROGRAMS
-        i += 1
+        lanes = lanes_of(slots, slots2, ready, SUMMED, n, i, _squares, nothing, Q, T, SLOTS)
+        share_lanes(lanes, mailbox, i, 0.0)
+        row += 2 * step
+        i += 2
 
 
 @gluon.constexpr_function
@@ -140,10 +125,9 @@ def _send(
     x, residual, n, count, row, s, at, slots, slots2, slot, ready,
     Q: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
-    send_for(x, n, count, row, s, at, slots, slot, Q)
     if SUMMED:
-        send_for(residual, n, count, row, s, at, slots2, slot, Q)
-    async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
+        copy(residual, n, count, row, s, at, slots2, slot, Q)
+    send_for(x, n, count, row, s, at, slots, slot, ready, Q)
 
 
 @gluon.jit
@@ -159,10 +143,10 @@ def _writer(
 ):  # fmt: skip
     """Makes the results of row after row, and sends for the row that takes its place."""
     meet()
-    at = places(wide(2))
+    at = places(wide(2, WARPS))
     row = gl.program_id(0) // cluster.PROGRAMS
-    for first in gl.static_range(SLOTS):
-        _send(x, residual, n, count, row, first, at, slots, slots2, first, ready, Q, SUMMED)
+    for slot in range(SLOTS):
+        _send(x, residual, n, count, row, slot, at, slots, slots2, slot, ready, Q, SUMMED)
     kept = ()
     if KEPT:
         for s in gl.static_range(Q):
@@ -175,15 +159,15 @@ def _writer(
         total_to = total_out
         if SUMMED:
             total_to = total_out + row.to(gl.int64) * n
-        total, _ = hear(mailbox, i)
+        total, _ = hear_sum(mailbox, i)
         rstd = _finished(total, total, size, eps, _RSTD)
         for s in gl.static_range(Q):
             if WEIGHT and not KEPT:
-                following = _weights(weight, (s + 1) % Q, at, n)
+                next_w = _weights(weight, (s + 1) % Q, at, n)
             slot, _ = where(i, s, Q, SLOTS)
-            v = slots.index(slot).load(wide(2)).to(gl.float32)
+            v = slots.index(slot).load(wide(2, WARPS)).to(gl.float32)
             if SUMMED:
-                v += slots2.index(slot).load(wide(2)).to(gl.float32)
+                v += slots2.index(slot).load(wide(2, WARPS)).to(gl.float32)
             _send(x, residual, n, count, row, s + SLOTS, at, slots, slots2, slot, ready, Q, SUMMED)
             there = at < n - s * SLOT
             y = v * rstd
@@ -191,7 +175,7 @@ def _writer(
                 y = _weighed(y, kept[s], to)
             elif WEIGHT:
                 y = _rounded(y * w.to(gl.float32), to)
-                w = following
+                w = next_w
             else:
                 y = _rounded(y, to)
             if s < Q - 1:
@@ -230,11 +214,10 @@ def _rms_norm_kernel(
     T: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """Rows of Q slots, T tiles in the last, of SLOTS < 3 Q; KEPT: the weight is, in registers.
+    """Rows of Q slots, T tiles in the last, of no more than `most_slots`.
 
-    So a row is not complete before results of the last row but one are made: what is told of two
-    rows in turn has been heard by all when it is told anew. The tensors are those of
-    `norm_kernels`; bias and the statistics are not used.
+    KEPT: the weight is kept in registers. The tensors are those of `norm_kernels`; bias and the
+    statistics are not used.
     """
     ty: gl.constexpr = x.dtype.element_ty
     slots = gl.allocate_shared_memory(ty, [SLOTS, TILES, WIDTH], plain(2))
@@ -244,7 +227,7 @@ def _rms_norm_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(ready.index(slot), count=gl.num_warps() * 32)
-    mailbox = open_mailbox()
+    mailbox = open_lanes()
     gl.thread_barrier()
     n = n_units * 16
     gl.warp_specialize(
@@ -253,14 +236,17 @@ def _rms_norm_kernel(
                 x, residual, weight, out, total_out, slots, slots2, ready, mailbox, n, count,
                 size, eps, WEIGHT, KEPT, SUMMED, Q, SLOTS,
             )),
-            (_adder, (slots, slots2, ready, mailbox, n, count, Q, T, SLOTS, SUMMED)),
+            (_adder, (slots, slots2, ready, mailbox, n, count, 0, Q, T, SLOTS, SUMMED)),
+            (_adder, (slots, slots2, ready, mailbox, n, count, 1, Q, T, SLOTS, SUMMED)),
         ],
-        [cluster.WARPS],
-        [_ADDER_REGISTERS],
+        [cluster.WARPS, cluster.WARPS],
+        [_ADDER_REGISTERS, _ADDER_REGISTERS],
     )  # fmt: skip
 
 
-kernel = RowKernel(_rms_norm_kernel, registers={WARPS: _REGISTERS}, cluster=4)
+kernel = RowKernel(
+    _rms_norm_kernel, registers={WARPS.value: _REGISTERS}, cluster=cluster.PROGRAMS.value
+)
 
 
 def held(
@@ -268,29 +254,21 @@ def held(
 ) -> tuple[bool, bool, bool, int, int, int]:
     """The constexprs of the kernel for rows of n elements."""
     slots, last = slots_of(n)
-    return weighted, kept, summed, slots, last, min(3 * slots - 1, _SLOTS // (1 + summed))
+    return weighted, kept, summed, slots, last, min(most_slots(slots), _SLOTS // (1 + summed))
 
 
-def _worth(count: int, n: int, summed: bool, shape: Plan) -> bool:
-    """Whether it is faster than the other kernels: as measured on an H200."""
-    if summed:
-        return n > (16 if shape.split else 32) * rows.LANES
-    return n > 64 * rows.LANES and count >= 8
-
-
-def resident(tensors: Sequence[torch.Tensor | None], size: float, eps: float, shape: Plan) -> Any:
+def launch_of(tensors: Sequence[torch.Tensor | None], size: float, eps: float, shape: Plan) -> Any:
     """The kernel and its launch for rows of x [rows, n], the first of `tensors`; None for others.
 
-    There must be room for the rows, and they must be worth it.
+    That is for those that do not fit, and for short ones without a residual, which take longer.
     """
     x, residual, weight = tensors[:3]
-    if x is None or x.element_size() != 2 or not x.is_cuda or shape.tiles or shape.unit == 1:
+    if x is None or not fits(x, shape):
         return None
     count, n = x.shape
     summed = residual is not None
+    if n <= _LEAST and not summed:
+        return None
     kept = weight is not None and weight.dtype == x.dtype
     static = held(n, weight is not None, kept, summed)
-    room = shared_memory(x.device.index) >= _SLOTS * (BYTES + 8) + cluster.MAILBOX
-    if not room or slots_of(n)[0] > _MOST or not _worth(count, n, summed, shape):
-        return None
-    return kernel, (count, tensors, (n // shape.unit, count, size, eps), static, WARPS)
+    return kernel, (count, tensors, (n // shape.unit, count, size, eps), static, WARPS.value)
