@@ -118,6 +118,9 @@ def lanes_of(
     and of a ring beside it; of the last one those that are within.
     leave(i, s, slot, given): what to do when a slot has been read.
     AHEAD: 1 if slots are ready before they are for the first time.
+
+    Those that take every other row see every other use of a slot. They cannot take one for the use
+    before: that was told earlier, since an arrival waits for all copies a thread has begun before.
     """
     everywhere = gl.full([WIDTH], True, gl.int1, LINE)
     first_lane = gl.program_id(0) % cluster.PROGRAMS * WIDTH
