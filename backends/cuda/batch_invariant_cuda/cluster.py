@@ -38,9 +38,8 @@ def mailbox_size(mail):
     return -(-TURNS.value * (mail + 24) // 128) * 128
 
 
-MAILBOXES = mailbox_size(_LANES_MAIL.value) + mailbox_size(
-    _RANGE_MAIL.value
-)  # bytes that a row may need
+# bytes that a kernel may need
+MAILBOXES = sum(mailbox_size(mail.value) for mail in (_LANES_MAIL, _RANGE_MAIL))
 
 
 @gluon.constexpr_function
