@@ -14,7 +14,7 @@ CODE = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 SUM, MEAN, PROD, NORM0, NORM1, NORM2, NORM_INF, NORM_NEG_INF = range(8)
 SOFTMAX, LOG_SOFTMAX = range(2)
 LARGEST, SMALLEST = range(2)
-EXP, LOG, TANH, MINUS_LOG1M = range(4)
+EXP, LOG, TANH, MINUS_LOG1M, SHORT_EXP = range(5)
 
 Tensor = torch.Tensor
 _TYPES = {"i": ctypes.c_int32, "l": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double}

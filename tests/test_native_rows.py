@@ -24,6 +24,7 @@ from native_rows import (
     NORM_INF,
     NORM_NEG_INF,
     PROD,
+    SHORT_EXP,
     SMALLEST,
     SOFTMAX,
     SUM,
@@ -274,6 +275,10 @@ def _exp(x: Tensor) -> Tensor:
     return LIBRARIES[0].map(EXP, x)
 
 
+def _short_exp(x: Tensor) -> Tensor:
+    return LIBRARIES[0].map(SHORT_EXP, x)
+
+
 def _log(x: Tensor) -> Tensor:
     return LIBRARIES[0].map(LOG, x)
 
@@ -296,14 +301,19 @@ def define_var(x: Tensor) -> Tensor:
     return lane_sum(d * d) / (x.shape[1] - 1)
 
 
-def define_softmax(x: Tensor) -> Tensor:
-    e = _exp(x - x.amax(1, keepdim=True))
-    return e / _column(lane_sum(e))
-
-
-def define_log_softmax(x: Tensor) -> Tensor:
+def define_softmax(x: Tensor, dtype: torch.dtype) -> Tensor:
     shifted = x - x.amax(1, keepdim=True)
-    return shifted - _column(_log(lane_sum(_exp(shifted))))
+    if dtype == torch.float32:
+        e = _exp(shifted)
+        return e / _column(lane_sum(e))
+    e = _short_exp(shifted)
+    return e * (1 / _column(lane_sum(e)))
+
+
+def define_log_softmax(x: Tensor, dtype: torch.dtype) -> Tensor:
+    shifted = x - x.amax(1, keepdim=True)
+    e = _exp(shifted) if dtype == torch.float32 else _short_exp(shifted)
+    return shifted - _column(_log(lane_sum(e)))
 
 
 def define_logsumexp(x: Tensor) -> Tensor:
@@ -356,8 +366,8 @@ def test_the_definitions(rows: Rows, kind: str, dtype: torch.dtype) -> None:
             ("var", rows.var(low)[0], define_var(x)),
             ("var's mean", rows.var(low)[1], mean),
             ("std", rows.var(low, root=True)[0], _sqrt(define_var(x))),
-            ("softmax", rows.softmax(SOFTMAX, low), define_softmax(x)),
-            ("log_softmax", rows.softmax(LOG_SOFTMAX, low), define_log_softmax(x)),
+            ("softmax", rows.softmax(SOFTMAX, low), define_softmax(x, dtype)),
+            ("log_softmax", rows.softmax(LOG_SOFTMAX, low), define_log_softmax(x, dtype)),
             ("logsumexp", rows.logsumexp(low), define_logsumexp(x)),
             (
                 "softmax_backward",
@@ -399,7 +409,8 @@ def test_the_definitions(rows: Rows, kind: str, dtype: torch.dtype) -> None:
             expected.append(("cumsum", rows.cumsum(low), define_cumsum(x)))
         for name, got, want in expected:
             assert same(got, want.to(dtype)), f"{name} {dtype} n={n} {kind}"
-        assert same(rows.softmax(SOFTMAX, low, torch.float32), define_softmax(x))
+        for op, define in ((SOFTMAX, define_softmax), (LOG_SOFTMAX, define_log_softmax)):
+            assert same(rows.softmax(op, low, torch.float32), define(x, torch.float32))
 
 
 def test_gradients_are_those_of_autograd(rows: Rows) -> None:

@@ -115,10 +115,10 @@ def _butterfly(*ops):
     )
 
 
-_SHARED_REGISTERS = """
+_REGISTERS = """
         .reg .b32 own, there, barrier, lane;
         .reg .f32 other;
-        .reg .pred first, here, folds;
+        .reg .pred first, here, folds, early;
         setp.eq.u32 first, number, 0;
         setp.lt.u32 folds, number, 32;
         mov.u32 lane, %laneid;
@@ -129,11 +129,16 @@ _TELLING = """
 
 
 @gluon.constexpr_function
-def _sharing_lanes():
-    """$1: the lane. $2: mailbox. $3: the row's number. $4: a lane's bits. $5: the remark."""
+def _sending_lanes():
+    """$1: the lane. $2: mailbox. $3: the row's number. $4: a lane's bits."""
     text = (
-        "{ .reg .f32 a<16>, b<16>; .reg .b32 number; mov.b32 number, $1;"
-        + _SHARED_REGISTERS
+        "{ .reg .b32 number, before; mov.b32 number, $1; sub.s32 before, $3, 2;"
+        + _REGISTERS
+        + "{"
+        + _turn(_LANES_MAIL.value, "$2", "before")
+        + "setp.lt.s32 early, before, 0; @early bra SEND;"
+        + _waiting("told", "cta")
+        + "SEND: }"
         + _turn(_LANES_MAIL.value, "$2", "$3")
         + f"""
         @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {_LANES_MAIL.value};
@@ -145,10 +150,20 @@ def _sharing_lanes():
         mapa.shared::cluster.u32 there, own, {program};
         mapa.shared::cluster.u32 barrier, arrived, {program};
         st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $4, [barrier];"""
-    text += _waiting("arrived", "cluster")
-    text += """
-        @!folds bra DONE;
-        mad.lo.u32 mail, lane, 8, mail;"""
+    return text + "mov.b32 $0, $4; }"
+
+
+@gluon.constexpr_function
+def _folding():
+    """$1: the thread's number. $2: mailbox. $3: the row's number."""
+    text = (
+        "{ .reg .f32 a<16>, b<16>; .reg .b32 number; mov.b32 number, $1;"
+        + _REGISTERS
+        + _turn(_LANES_MAIL.value, "$2", "$3")
+        + "@!folds bra DONE;"
+        + _waiting("arrived", "cluster")
+        + "mad.lo.u32 mail, lane, 8, mail;"
+    )
     for i in range(16):
         text += f"""
         ld.shared.v2.f32 {{a{i}, b{i}}}, [mail + {i * 256}];"""
@@ -158,8 +173,21 @@ def _sharing_lanes():
         add.rn.f32 a{i}, a{i}, a{i + half}; add.rn.f32 b{i}, b{i}, b{i + half};"""
     text += _butterfly(("a0", "add.rn.f32"), ("b0", "add.rn.f32"))
     # as the last addition of `rows.fold`: -0 becomes +0
-    text += "add.rn.f32 a0, a0, b0; add.rn.f32 a0, a0, 0f00000000; mov.b32 b0, $5;"
-    return text + _TELLING + "DONE: mov.b32 $0, $4; }"
+    text += "add.rn.f32 a0, a0, b0; add.rn.f32 a0, a0, 0f00000000; mov.f32 b0, a0;"
+    return text + _TELLING + "DONE: mov.b32 $0, $1; }"
+
+
+@gluon.constexpr_function
+def _extreme(op, v):
+    """The largest or smallest number of a warp, as whole numbers in the same order.
+
+    A NaN is above infinity: those that max and min give have no sign.
+    """
+    order = "shr.s32 mask, whole, 31; and.b32 mask, mask, 0x7fffffff; xor.b32 whole, whole, mask;"
+    return f"""
+        mov.b32 whole, {v}; {order}
+        redux.sync.{op}.s32 whole, whole, -1;
+        {order} mov.b32 {v}, whole;"""
 
 
 @gluon.constexpr_function
@@ -167,11 +195,12 @@ def _sharing_range():
     """$2: twice the thread's number. $4: mailbox. $6: the row's. $8, $9: large numbers. $10, $11:
     small ones.
     """
-    fold = _butterfly(("a0", "max.NaN.f32"), ("b0", "min.f32"))
+    fold = _extreme("max", "a0") + _extreme("min", "b0")
     return (
-        "{ .reg .f32 a0, b0; .reg .b32 number, warp; .reg .pred sends; shr.u32 number, $2, 1;"
+        "{ .reg .f32 a0, b0; .reg .b32 whole, mask, number, warp; .reg .pred sends;"
+        "shr.u32 number, $2, 1;"
         "max.NaN.f32 a0, $8, $9; min.f32 b0, $10, $11;"
-        + _SHARED_REGISTERS
+        + _REGISTERS
         + _turn(_RANGE_MAIL.value, "$4", "$6")
         + fold
         + f"""
@@ -196,19 +225,31 @@ def _sharing_range():
 
 
 @gluon.jit
-def share_lanes(lanes, mailbox, i, remark):
-    """Sends the [WIDTH] lanes of a program's i-th row, and tells all warps the sum of all.
+def send_lanes(lanes, mailbox, i):
+    """Sends the [WIDTH] lanes of a program's i-th row, when the sum of the last but one is told.
 
-    With it they are told a remark, and what the threads have stored before.
+    So all programs have sent that one's lanes, and each of them was told the sum of the last but
+    three before: the row that had the same turn.
     """
     lane = gl.arange(0, WIDTH, LINE)
-    steps: gl.constexpr = _sharing_lanes()
-    gl.thread_barrier()
+    steps: gl.constexpr = _sending_lanes()
     gl.inline_asm_elementwise(
-        steps, "=r,r,r,r,r,r",
-        [lane, lane * 0 + mailbox, lane * 0 + i, lanes, gl.where(lane >= 0, remark, 0.0)],
+        steps, "=r,r,r,r,r", [lane, lane * 0 + mailbox, lane * 0 + i, lanes],
         gl.float32, False, 1,
     )  # fmt: skip
+
+
+@gluon.jit
+def fold_lanes(mailbox, i):
+    """Folds the lanes that all programs send of the i-th row, and tells the sum.
+
+    Called by four warps of a program, of which the first does it.
+    """
+    lane = gl.arange(0, WIDTH, LINE)
+    steps: gl.constexpr = _folding()
+    gl.inline_asm_elementwise(
+        steps, "=r,r,r,r", [lane, lane * 0 + mailbox, lane * 0 + i], gl.int32, False, 1
+    )
 
 
 @gluon.jit
@@ -236,11 +277,12 @@ def _hearing(mail):
 
 @gluon.jit
 def hear_sum(mailbox, i):
-    """The sum of the lanes of a program's i-th row, and the remark."""
+    """The sum of the lanes of a program's i-th row."""
     steps: gl.constexpr = _hearing(_LANES_MAIL)
-    return gl.inline_asm_elementwise(
+    total, _ = gl.inline_asm_elementwise(
         steps, "=&f,=&f,r,r", [mailbox, i], (gl.float32, gl.float32), False, 1
     )
+    return total
 
 
 @gluon.jit

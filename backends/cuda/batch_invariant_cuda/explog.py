@@ -19,6 +19,10 @@ _E1 = tl.constexpr(float.fromhex("0x1.1239ccp-7"))
 _E2 = tl.constexpr(float.fromhex("0x1.5558d2p-5"))
 _E3 = tl.constexpr(float.fromhex("0x1.555492p-3"))
 _E4 = tl.constexpr(float.fromhex("0x1.fffffcp-2"))
+_S0 = tl.constexpr(float.fromhex("0x1.3a02c0p-7"))
+_S1 = tl.constexpr(float.fromhex("0x1.c9fc80p-5"))
+_S2 = tl.constexpr(float.fromhex("0x1.ec0376p-3"))
+_S3 = tl.constexpr(float.fromhex("0x1.62e12cp-1"))
 
 _TINY = tl.constexpr(2.0**-60)
 _LARGER = tl.constexpr(2.0**64)
@@ -37,6 +41,29 @@ _L7 = tl.constexpr(float.fromhex("0x1.555554p-2"))
 
 
 @triton.jit
+def _scaled(y, shifted):
+    """y * 2^n for y in [1/2, 2], where shifted = 1.5 * 2^23 + n.
+
+    In two steps: the first product is a normal number, so only the second one rounds.
+    """
+    whole = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    half = whole >> 1
+    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    second = ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
+    return y * first * second
+
+
+@triton.jit
+def _near_scaled(y, shifted):
+    """`_scaled` where the result is a normal number: an addition to the exponent.
+
+    The bits of 1.5 * 2^23 shifted left by 23 are all zero, so only n is left of the shifted sum.
+    """
+    power = shifted.to(tl.int32, bitcast=True) << 23
+    return (y.to(tl.int32, bitcast=True) + power).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def exp(x, NEVER_POSITIVE: tl.constexpr):
     """e^x in fp32; with NEVER_POSITIVE the caller knows that no x is above 0 (NaN is fine)."""
     if not NEVER_POSITIVE:
@@ -51,22 +78,12 @@ def exp(x, NEVER_POSITIVE: tl.constexpr):
     q = tl.fma(q, r, _E2)
     q = tl.fma(q, r, _E3)
     q = tl.fma(q, r, _E4)
-    y = high + tl.fma(r * r, q, low) + 1.0
-    # y * 2^n in two steps: the first product is a normal number, so only the second one rounds.
-    whole = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    half = whole >> 1
-    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
-    second = ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
-    return y * first * second
+    return _scaled(high + tl.fma(r * r, q, low) + 1.0, shifted)
 
 
 @triton.jit
 def near_exp(x):
-    """The bits of `exp` for x in [-80, 0], where neither clamps nor a denormal result occur.
-
-    The scale by 2^n is an addition to the exponent: the bits of 1.5 * 2^23 shifted left by 23 are
-    all zero, so only n is left of the shifted sum.
-    """
+    """The bits of `exp` for x in [-80, 0], where neither clamps nor a denormal result occur."""
     shifted = tl.fma(x, _LOG2_E, _TO_WHOLE)
     n = shifted - _TO_WHOLE
     high = tl.fma(n, -_LN2_HIGH, x)
@@ -76,9 +93,31 @@ def near_exp(x):
     q = tl.fma(q, r, _E2)
     q = tl.fma(q, r, _E3)
     q = tl.fma(q, r, _E4)
-    y = high + tl.fma(r * r, q, low) + 1.0
-    power = shifted.to(tl.int32, bitcast=True) << 23
-    return (y.to(tl.int32, bitcast=True) + power).to(tl.float32, bitcast=True)
+    return _near_scaled(high + tl.fma(r * r, q, low) + 1.0, shifted)
+
+
+@triton.jit
+def short_exp(x):
+    """e^x in fewer steps for x that is not above 0 (NaN is fine), for results of 16 bits."""
+    x = tl.where(x < -104.0, -104.0, x)
+    shifted = tl.fma(x, _LOG2_E, _TO_WHOLE)
+    return _scaled(_short_power(x, shifted), shifted)
+
+
+@triton.jit
+def near_short_exp(x):
+    """The bits of `short_exp` for x in [-80, 0]."""
+    shifted = tl.fma(x, _LOG2_E, _TO_WHOLE)
+    return _near_scaled(_short_power(x, shifted), shifted)
+
+
+@triton.jit
+def _short_power(x, shifted):
+    f = tl.fma(x, _LOG2_E, _TO_WHOLE - shifted)
+    q = tl.fma(f, _S0, _S1)
+    q = tl.fma(q, f, _S2)
+    q = tl.fma(q, f, _S3)
+    return tl.fma(q, f, 1.0)
 
 
 @triton.jit

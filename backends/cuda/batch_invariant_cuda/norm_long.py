@@ -18,15 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mbarrier
 
 from batch_invariant_cuda import cluster, reduce_ops, rows
-from batch_invariant_cuda.cluster import LINE, WIDTH, hear_sum, meet, open_lanes, share_lanes
+from batch_invariant_cuda.cluster import LINE, WIDTH, fold_lanes, hear_sum, meet, open_lanes
 from batch_invariant_cuda.row_launch import Plan, RowKernel
 from batch_invariant_cuda.row_ring import (
+    DEPTH,
     SLOT,
     TILES,
     WARPS,
+    add_up,
     copy,
     fits,
-    lanes_of,
     most_slots,
     nothing,
     places,
@@ -48,31 +49,54 @@ _finished = gluon.jit(reduce_ops.finished.fn)
 
 
 @gluon.jit
-def _squares(slots, slots2, first, T: gl.constexpr, within, SUMMED: gl.constexpr):
+def _wait(i, s, slot, given):
+    """For `add_up`: until the slot is filled.
+
+    Those that take every other row see every other use of a slot. They cannot take one for the use
+    before: that was told earlier, since an arrival waits for all copies a thread has begun before.
+    """
+    ready, Q, SLOTS = given[0], given[1], given[2]
+    _, phase = where(i, s, Q, SLOTS)
+    mbarrier.wait(ready.index(slot), phase)
+    return 0
+
+
+@gluon.jit
+def _squares(slots, slot, told, T: gl.constexpr, within, given):
+    """For `add_up`: the lanes of the squares of each segment."""
+    slots2 = given[3]
+    SUMMED: gl.constexpr = given[4]
     held, held2 = tiles_of(slots), tiles_of(slots2)
+    parts = ()
     part = gl.zeros([WIDTH], gl.float32, LINE)
     for t in gl.static_range(T):
-        v = held.index(first + t).load(LINE).to(gl.float32)
+        v = held.index(slot * TILES + t).load(LINE).to(gl.float32)
         if SUMMED:
-            v += held2.index(first + t).load(LINE).to(gl.float32)
+            v += held2.index(slot * TILES + t).load(LINE).to(gl.float32)
         v = v * v
         part += gl.where(within, v, 0.0) if t == T - 1 else v
-    return part
+        if t % DEPTH == DEPTH - 1 or t == T - 1:
+            parts = parts + (part,)
+            part = gl.zeros([WIDTH], gl.float32, LINE)
+    return parts
 
 
 @gluon.jit
 def _adder(
-    slots, slots2, ready, mailbox, n, count, FIRST: gl.constexpr,
+    slots, slots2, ready, mailbox, n, count, GROUP: gl.constexpr,
     Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr, SUMMED: gl.constexpr,
 ):  # fmt: skip
     """Adds up the squares of every other row, as they come."""
     meet()
     step = gl.num_programs(0) // cluster.PROGRAMS
-    row = gl.program_id(0) // cluster.PROGRAMS + FIRST * step
-    i = FIRST + 0
+    row = gl.program_id(0) // cluster.PROGRAMS + GROUP * step
+    i = GROUP + 0
     while row < count:
-        lanes = lanes_of(slots, slots2, ready, SUMMED, n, i, _squares, nothing, Q, T, SLOTS)
-        share_lanes(lanes, mailbox, i, 0.0)
+        add_up(
+            slots, (ready, Q, SLOTS, slots2, SUMMED), n, i, 0, mailbox,
+            _wait, _squares, nothing, GROUP, False, Q, T, SLOTS,
+        )  # fmt: skip
+        fold_lanes(mailbox, i)
         row += 2 * step
         i += 2
 
@@ -159,7 +183,7 @@ def _writer(
         total_to = total_out
         if SUMMED:
             total_to = total_out + row.to(gl.int64) * n
-        total, _ = hear_sum(mailbox, i)
+        total = hear_sum(mailbox, i)
         rstd = _finished(total, total, size, eps, _RSTD)
         for s in gl.static_range(Q):
             if WEIGHT and not KEPT:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from batch_invariant_cuda import cluster, rows
-from batch_invariant_cuda.cluster import LINE, WIDTH
+from batch_invariant_cuda.cluster import LINE, WIDTH, send_lanes
 from batch_invariant_cuda.row_launch import Plan, shared_memory
+from batch_invariant_cuda.turns import hand_on, take
 
 WARPS = gl.constexpr(8)  # that make results
 LANES = gl.constexpr(rows.LANES)
@@ -65,6 +66,18 @@ def plain(rank):
 
 
 @gluon.jit
+def numbers(v):
+    """What has been read in a layout of `wide`, in fp32: a pair at a time where they are bf16."""
+    if v.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [v], gl.float32, True, 2,
+        )  # fmt: skip
+    else:  # noqa: RET505  (compiled by Triton, for which this is no end of the function)
+        return v.to(gl.float32)
+
+
+@gluon.jit
 def places(layout: gl.constexpr):
     """Where the elements of a slot are in a row, if it is the row's first."""
     tile = gl.expand_dims(gl.arange(0, TILES, gl.SliceLayout(1, layout)), 1)
@@ -104,40 +117,60 @@ def tiles_of(slots):
 
 @gluon.jit
 def nothing(i, s, slot, given):
-    """For `lanes_of`: what is read is still needed."""
+    """For `add_up`: there is nothing to wait for, or what is read is still needed."""
+    return 0
 
 
 @gluon.jit
-def lanes_of(
-    slots, others, ready, given, n, i, part: gl.constexpr, leave: gl.constexpr,
-    Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr, AHEAD: gl.constexpr = 0,
+def _added(lanes, parts, i, s, turns, GROUP: gl.constexpr, TOGETHER: gl.constexpr, Q: gl.constexpr):
+    """The segments of a slot added to the lanes of those before."""
+    if TOGETHER:
+        zeros = gl.zeros([WIDTH], gl.float32, LINE)
+        lanes = gl.where(s > 0, take(turns, i * Q + s, GROUP), zeros)
+    for part in gl.static_range(len(parts)):
+        lanes += parts[part]
+    return lanes
+
+
+@gluon.jit
+def add_up(
+    slots, given, n, i, turns, mailbox,
+    enter: gl.constexpr, segments: gl.constexpr, leave: gl.constexpr,
+    GROUP: gl.constexpr, TOGETHER: gl.constexpr,
+    Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The lanes of a program's i-th row, slot after slot as they are ready, in segments.
+    """Adds up a program's i-th row, and sends its lanes.
 
-    part(slots, others, first, T, within, given): the lanes of T tiles from `first` on of the ring,
-    and of a ring beside it; of the last one those that are within.
+    TOGETHER: two groups take the slots of all rows in turn. Each adds up the segments of its slot,
+    and then these to the lanes that the other hands on. Otherwise a group has the row for itself.
+
+    enter(i, s, slot, given): waits until the s-th slot of the row can be read. What it returns is
+    told to `segments`.
+    segments(slots, slot, told, T, within, given): the lanes of each segment of T tiles of a slot;
+    of the last tile those that are within. All of a slot at a time: so much is on its way then
+    that few warps are enough.
     leave(i, s, slot, given): what to do when a slot has been read.
-    AHEAD: 1 if slots are ready before they are for the first time.
-
-    Those that take every other row see every other use of a slot. They cannot take one for the use
-    before: that was told earlier, since an arrival waits for all copies a thread has begun before.
     """
     everywhere = gl.full([WIDTH], True, gl.int1, LINE)
-    first_lane = gl.program_id(0) % cluster.PROGRAMS * WIDTH
-    in_last = ((Q - 1) * TILES + T - 1) * LANES
-    within = first_lane + gl.arange(0, WIDTH, LINE) < n - in_last
     lanes = gl.zeros([WIDTH], gl.float32, LINE)
-    for s in range(Q - 1):
-        slot, phase = where(i, s, Q, SLOTS)
-        mbarrier.wait(ready.index(slot), phase ^ AHEAD)
-        for first in range(slot * TILES, (slot + 1) * TILES, DEPTH):
-            lanes += part(slots, others, first, DEPTH, everywhere, given)
+    first = (i * Q + GROUP) % 2 if TOGETHER else 0
+    for s in range(first, Q - 1, 2 if TOGETHER else 1):
+        slot, _ = where(i, s, Q, SLOTS)
+        told = enter(i, s, slot, given)
+        parts = segments(slots, slot, told, TILES, everywhere, given)
+        lanes = _added(lanes, parts, i, s, turns, GROUP, TOGETHER, Q)
+        if TOGETHER:
+            hand_on(lanes, turns, GROUP)
         leave(i, s, slot, given)
-    slot, phase = where(i, Q - 1, Q, SLOTS)
-    mbarrier.wait(ready.index(slot), phase ^ AHEAD)
-    last: gl.constexpr = (T - 1) // DEPTH * DEPTH
-    for first in range(slot * TILES, slot * TILES + last, DEPTH):
-        lanes += part(slots, others, first, DEPTH, everywhere, given)
-    lanes += part(slots, others, slot * TILES + last, T - last, within, given)
-    leave(i, Q - 1, slot, given)
-    return lanes
+    if not TOGETHER or (i * Q + Q - 1 - GROUP) % 2 == 0:
+        slot, _ = where(i, Q - 1, Q, SLOTS)
+        told = enter(i, Q - 1, slot, given)
+        first_lane = gl.program_id(0) % cluster.PROGRAMS * WIDTH
+        in_last = ((Q - 1) * TILES + T - 1) * LANES
+        within = first_lane + gl.arange(0, WIDTH, LINE) < n - in_last
+        parts = segments(slots, slot, told, T, within, given)
+        lanes = _added(lanes, parts, i, Q - 1, turns, GROUP, TOGETHER, Q)
+        send_lanes(lanes, mailbox, i)
+        if TOGETHER:
+            hand_on(lanes, turns, GROUP)
+        leave(i, Q - 1, slot, given)

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
-from batch_invariant_cuda.explog import exp, near_exp
+from batch_invariant_cuda.explog import exp, near_exp, near_short_exp, short_exp
 
 LANES = 1024
 SEGMENT = 8192
@@ -32,9 +32,11 @@ NONZERO = tl.constexpr(2)
 SQUARE = tl.constexpr(3)
 SQUARED_DIFFERENCE = tl.constexpr(4)
 EXPONENTIAL = tl.constexpr(5)
-POSITIVE_EXPONENTIAL = tl.constexpr(6)
-FACTOR = tl.constexpr(7)
-NEAR_EXPONENTIAL = tl.constexpr(8)  # of rows that `is_near` accepts
+SHORT_EXPONENTIAL = tl.constexpr(6)  # for results of 16 bits
+NEAR_EXPONENTIAL = tl.constexpr(7)  # of rows that `is_near` accepts
+NEAR_SHORT_EXPONENTIAL = tl.constexpr(8)
+POSITIVE_EXPONENTIAL = tl.constexpr(9)
+FACTOR = tl.constexpr(10)
 
 NEAR = tl.constexpr(60.0)
 AHEAD = tl.constexpr(4)  # segments of a long row on their way, with the one that is added up
@@ -84,6 +86,31 @@ def prefetch(x, size):
         )
 
 
+@triton.constexpr_function
+def is_far(term):
+    """Whether a term is an exponential that `near_term` makes shorter."""
+    return term in (EXPONENTIAL.value, SHORT_EXPONENTIAL.value)
+
+
+@triton.constexpr_function
+def near_term(term):
+    """What has the bits of a term in rows that `is_near` accepts."""
+    return term + NEAR_EXPONENTIAL.value - EXPONENTIAL.value if is_far(term) else term
+
+
+@triton.constexpr_function
+def is_near_term(term):
+    """Whether `near_term` has made a term shorter."""
+    return term in (NEAR_EXPONENTIAL.value, NEAR_SHORT_EXPONENTIAL.value)
+
+
+@triton.constexpr_function
+def exponential(bits, near):
+    """The term of softmax for results of so many bits, or what does for it in near rows."""
+    term = SHORT_EXPONENTIAL.value if bits == 16 else EXPONENTIAL.value
+    return near_term(term) if near else term
+
+
 @triton.jit
 def term(x, shift, TERM: tl.constexpr):
     """What is added up, of elements x, in fp32 and rounded: see the constants above."""
@@ -103,6 +130,10 @@ def term(x, shift, TERM: tl.constexpr):
         v = exp(v - shift, False)
     elif TERM == NEAR_EXPONENTIAL:
         v = near_exp(v - shift)
+    elif TERM == SHORT_EXPONENTIAL:
+        v = short_exp(v - shift)
+    elif TERM == NEAR_SHORT_EXPONENTIAL:
+        v = near_short_exp(v - shift)
     return v
 
 
@@ -289,7 +320,7 @@ def walked_lanes(
     IN_TWOS: all of two segments, for more bytes on their way.
     """
     total = tl.full(columns.shape, 1.0 if TERM == FACTOR else 0.0, tl.float32)
-    if TERM == EXPONENTIAL:
+    if is_far(TERM):
         for start in tl.range(0, n, _SEGMENT):
             v = stepped_lanes(x + start, columns, n - start, shift, TERM)
             total = combine(total, v, TERM)
@@ -306,7 +337,7 @@ def walked_lanes(
             total = combine(total, v, TERM)
     else:
         whole = n // _SEGMENT * _SEGMENT
-        stages: tl.constexpr = AHEAD if TERM == NEAR_EXPONENTIAL else 1
+        stages: tl.constexpr = AHEAD if is_near_term(TERM) else 1
         for start in tl.range(0, whole, _SEGMENT, num_stages=stages):
             v = segment_lanes(x + start, columns, _SEGMENT, shift, True, TERM)
             total = combine(total, v, TERM)

@@ -14,14 +14,14 @@ import triton.language as tl
 from batch_invariant.stock import stock
 from batch_invariant_cuda.row_launch import Plan, RowKernel
 from batch_invariant_cuda.rows import (
-    EXPONENTIAL,
     FEW_SEGMENTS,
     LANES,
-    NEAR_EXPONENTIAL,
     SEGMENT,
     combine,
+    is_far,
     is_near,
     larger,
+    near_term,
     range_of,
     segment_lanes,
     smaller,
@@ -113,11 +113,10 @@ def _lanes_kernel(
     from_ = x + row * n + segment * _SEGMENT
     left = n - segment * _SEGMENT
     near = True
-    if TERM == EXPONENTIAL:
+    if is_far(TERM):
         near = near_of(shift, row, tops, SEGMENTS)
     if near:
-        kind: tl.constexpr = NEAR_EXPONENTIAL if TERM == EXPONENTIAL else TERM
-        v = segment_lanes(from_, columns, left, by, False, kind)
+        v = segment_lanes(from_, columns, left, by, False, near_term(TERM))
     else:
         v = stepped_lanes(from_, columns, left, by, TERM)
     tl.store(lanes + task * _LANES + columns, v)

@@ -1,7 +1,8 @@
 """softmax, log_softmax and their derivatives on CUDA, in the order of `rows.py`.
 
-The exact maximum, exp of the differences by `explog.py`, their lane sum, one division or one
-logarithm, one rounding: the bits of the CPU reference. float64 runs the same order in plain torch.
+The exact maximum, exp of the differences by `explog.py`, their lane sum, one division (for results
+of 16 bits a product) or one logarithm, one rounding: the bits of the CPU reference. float64 runs
+the same order in plain torch.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from batch_invariant.ops.softmax import check_softmax_backward
 from batch_invariant.stock import stock
 from batch_invariant_cuda import segments, softmax_long, softmax_short
 from batch_invariant_cuda.reduce import cast, finish
-from batch_invariant_cuda.reduce_ops import EXP_SUM, LOG_EXP_SUM, TERM_OF
+from batch_invariant_cuda.reduce_ops import EXP_SUM, LOG_EXP_SUM
 from batch_invariant_cuda.row_launch import Calls, Plan, plan_of
+from batch_invariant_cuda.rows import exponential
 from batch_invariant_cuda.softmax_kernels import backward, held, segment, walked
 
 
 def _split_rows(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> None:
     rows, n = x.shape
     top = segments.tops(x, shape)
-    lanes = segments.lanes(x, top, segments.TOP_SHIFT.value, TERM_OF[EXP_SUM.value], shape)
+    term = exponential(8 * out.element_size(), False)
+    lanes = segments.lanes(x, top, segments.TOP_SHIFT.value, term, shape)
     op = LOG_EXP_SUM.value if log else EXP_SUM.value
     total = finish(lanes, None, op, float(n), 0.0, torch.float32)
     count, tops = segments.segments_of(n), top.size(2)

@@ -6,16 +6,15 @@ import triton
 import triton.language as tl
 
 from batch_invariant_cuda import segments
-from batch_invariant_cuda.explog import exp, log, near_div, near_exp
+from batch_invariant_cuda.explog import exp, log, near_div
 from batch_invariant_cuda.row_launch import RowKernel
 from batch_invariant_cuda.rows import (
     AHEAD,
-    EXPONENTIAL,
     FEW,
     FEW_SEGMENTS,
     LANES,
-    NEAR_EXPONENTIAL,
     SEGMENT,
+    exponential,
     fold,
     held_lanes,
     held_range,
@@ -25,6 +24,7 @@ from batch_invariant_cuda.rows import (
     row_total,
     store_tile,
     take_turn,
+    term,
     walked_lanes,
     walked_range,
 )
@@ -35,29 +35,24 @@ _DEPTH = tl.constexpr(SEGMENT // LANES)
 
 
 @triton.jit
-def _exponential(x, top, NEAR: tl.constexpr):
-    v = x.to(tl.float32) - top
-    if NEAR:
-        return near_exp(v)
-    else:  # noqa: RET505  (Triton compiles what follows a plain return)
-        return exp(v, True)
-
-
-@triton.jit
-def _divided(e, total, reciprocal, NEAR: tl.constexpr):
-    if NEAR:
+def _divided(e, total, reciprocal, BITS: tl.constexpr, NEAR: tl.constexpr):
+    """e / total for results of BITS bits."""
+    if BITS == 16:
+        return e * reciprocal
+    elif NEAR:  # noqa: RET505  (Triton compiles what follows a plain return)
         return near_div(e, total, reciprocal)
-    else:  # noqa: RET505
+    else:
         return tl.div_rn(e, total)
 
 
 @triton.jit
-def _output(x, top, total, reciprocal, LOG: tl.constexpr, NEAR: tl.constexpr):
+def _output(x, top, total, reciprocal, LOG: tl.constexpr, BITS: tl.constexpr, NEAR: tl.constexpr):
     """softmax from the total, or log_softmax from its logarithm."""
     if LOG:
         return (x.to(tl.float32) - top) - total
     else:  # noqa: RET505
-        return _divided(_exponential(x, top, NEAR), total, reciprocal, NEAR)
+        e = term(x, top, exponential(BITS, NEAR))
+        return _divided(e, total, reciprocal, BITS, NEAR)
 
 
 @triton.jit(do_not_specialize=["n_units"])
@@ -99,20 +94,21 @@ def _held_row(
     FULL: tl.constexpr,
     NEAR: tl.constexpr,
 ):
+    bits: tl.constexpr = to.dtype.element_ty.primitive_bitwidth
+    kind: tl.constexpr = exponential(bits, NEAR)
     if LOG:
-        kind: tl.constexpr = NEAR_EXPONENTIAL if NEAR else EXPONENTIAL
         total = log(fold(held_lanes(tiles, columns, n, top, P, T, FULL, kind), 0))
         for t in tl.static_range(T * P):
-            y = _output(tiles[t], top, total, total, True, NEAR)
+            y = _output(tiles[t], top, total, total, True, bits, NEAR)
             store_tile(to, columns, n, y, t, T * P, FULL, NEAR, P)
     else:
         each = ()
         for t in tl.static_range(T * P):
-            each = each + (_exponential(tiles[t], top, NEAR),)  # noqa: RUF005
+            each = each + (term(tiles[t], top, kind),)  # noqa: RUF005
         total = fold(held_lanes(each, columns, n, top, P, T, FULL, 0), 0)
         reciprocal = tl.div_rn(1.0, total)
         for t in tl.static_range(T * P):
-            y = _divided(each[t], total, reciprocal, NEAR)
+            y = _divided(each[t], total, reciprocal, bits, NEAR)
             store_tile(to, columns, n, y, t, T * P, FULL, NEAR, P)
 
 
@@ -145,7 +141,8 @@ def _walked_output(
 ):
     columns = tl.arange(0, _SEGMENT)
     v = load_tile(x + start, columns, n - start, 0, 1, WHOLE, float("-inf"))
-    y = _output(v, top, total, reciprocal, LOG, NEAR)
+    bits: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
+    y = _output(v, top, total, reciprocal, LOG, bits, NEAR)
     store_tile(out + start, columns, n - start, y, 0, 1, WHOLE, NEAR)
 
 
@@ -158,10 +155,11 @@ def _walked_kernel(x, out, n_units, LOG: tl.constexpr, UNIT: tl.constexpr):
     from_, to = x + row * n, out + row * n
     top, bottom = walked_range(from_, n)
     near = is_near(top, bottom)
+    bits: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
     if near:
-        lanes = walked_lanes(from_, columns, n, top, UNIT, NEAR_EXPONENTIAL)
+        lanes = walked_lanes(from_, columns, n, top, UNIT, exponential(bits, True))
     else:
-        lanes = walked_lanes(from_, columns, n, top, UNIT, EXPONENTIAL)
+        lanes = walked_lanes(from_, columns, n, top, UNIT, exponential(bits, False))
     total = fold(lanes, 0)
     reciprocal = tl.div_rn(1.0, total)
     if LOG:
@@ -202,10 +200,12 @@ def _segment_kernel(
     near_of_row = segments.near_of(top, row, tops, TOPS)
     v = tl.load(x + at + columns, mask=columns < left, other=float("-inf"))
     whole = tl.load(total + row)
+    reciprocal = tl.div_rn(1.0, whole)
+    bits: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
     if LOG or near_of_row:
-        y = _output(v, best, whole, tl.div_rn(1.0, whole), LOG, True)
+        y = _output(v, best, whole, reciprocal, LOG, bits, True)
     else:
-        y = _output(v, best, whole, 1.0, LOG, False)
+        y = _output(v, best, whole, reciprocal, LOG, bits, False)
     store_tile(out + at, columns, left, y, 0, 1, False, False)
 
 

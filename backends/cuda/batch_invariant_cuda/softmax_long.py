@@ -22,12 +22,12 @@ from batch_invariant_cuda.cluster import (
     LINE,
     PAIRS,
     WIDTH,
+    fold_lanes,
     hear_range,
     hear_sum,
     meet,
     open_lanes,
     open_ranges,
-    share_lanes,
     share_range,
 )
 from batch_invariant_cuda.row_launch import Plan, RowKernel
@@ -36,11 +36,11 @@ from batch_invariant_cuda.row_ring import (
     LANES,
     SLOT,
     TILES,
-    WARPS,
+    add_up,
     fits,
-    lanes_of,
     most_slots,
     nothing,
+    numbers,
     places,
     plain,
     send_for,
@@ -49,19 +49,22 @@ from batch_invariant_cuda.row_ring import (
     where,
     wide,
 )
+from batch_invariant_cuda.turns import open_turns
 
 _LEAST = 32 * rows.LANES  # columns: longer rows are held
 _LOG_LEAST = 48 * rows.LANES
 _SLOTS = 24  # in shared memory
-_PAIRED_SLOTS = 8  # in shared memory, beside as many of exponentials
-_REGISTERS = gl.constexpr(96)
+_ROOM = 26  # in shared memory, where one of exponentials takes two
+_KEPT = 7  # of exponentials
+_REGISTERS = 128  # of a thread, on average
+_ADDER_REGISTERS = gl.constexpr(144)
+_RANGER_REGISTERS = gl.constexpr(48)
 _NEAR = rows.NEAR
 
-_exp = gluon.jit(explog.exp.fn)
 _near_div = gluon.jit(explog.near_div.fn)
-_near_exp = gluon.jit(explog.near_exp.fn)
 _share_div = gluon.jit(explog.share_div.fn)
 _log = gluon.jit(explog.log.fn)
+_term = gluon.jit(rows.term.fn)
 _rounded = gluon.jit(rows.rounded.fn)
 _wider = gluon.jit(rows.wider.fn)
 
@@ -99,53 +102,66 @@ def _ranger(slots, ready, ranges, n, count, Q: gl.constexpr, T: gl.constexpr, SL
 
 
 @gluon.jit
-def _keep(kept, segment, each, T: gl.constexpr):
-    """Stores T tiles of a segment, all at a time: one after another would wait for each other."""
-    for _ in gl.static_range(T, DEPTH):
+def _keep(kept, slot, each, T: gl.constexpr):
+    """Stores a slot of T tiles, all at a time: one after another would wait for each other."""
+    for _ in gl.static_range(T, TILES):
         each = each + (each[0],)
-    pairs = (gl.join(each[0], each[1]), gl.join(each[2], each[3]))
-    pairs = pairs + (gl.join(each[4], each[5]), gl.join(each[6], each[7]))
-    tiles = gl.join(gl.join(pairs[0], pairs[1]), gl.join(pairs[2], pairs[3]))
-    tiles = gl.reshape(gl.permute(tiles, [3, 2, 1, 0]), [DEPTH, WIDTH])
-    shape: gl.constexpr = [kept.shape[0] * TILES // DEPTH, DEPTH, WIDTH]
-    kept._reinterpret(kept.dtype, shape, plain(2)).index(segment).store(tiles)
+    for _ in gl.static_range(5):  # 2^5 = TILES
+        pairs = ()
+        for k in gl.static_range(len(each) // 2):
+            pairs = pairs + (gl.join(each[2 * k], each[2 * k + 1]),)
+        each = pairs
+    tiles = gl.reshape(gl.permute(each[0], [5, 4, 3, 2, 1, 0]), [TILES, WIDTH])
+    kept.index(slot).store(tiles)
 
 
 @gluon.jit
-def _part(slots, kept, first, T: gl.constexpr, within, given):
-    """The lanes of T exponentials of a segment; kept, if there is a ring for them."""
+def _exponentials(slots, slot, told, T: gl.constexpr, within, given):
+    """For `add_up`: the lanes of the exponentials of each segment.
+
+    The exponentials are kept, if there is a ring for them, in the slot that is told.
+    """
     top = given[0]
-    NEAR: gl.constexpr = given[1]
+    kind: gl.constexpr = rows.exponential(given[1], given[2])
     held = tiles_of(slots)
-    part = gl.zeros([WIDTH], gl.float32, LINE)
+    parts = ()
     each = ()
+    part = gl.zeros([WIDTH], gl.float32, LINE)
     for t in gl.static_range(T):
-        v = held.index(first + t).load(LINE).to(gl.float32) - top
-        e = _near_exp(v) if NEAR else _exp(v, True)
+        e = _term(held.index(slot * TILES + t).load(LINE), top, kind)
         each = each + (e,)
         part += gl.where(within, e, 0.0) if t == T - 1 else e
-    if kept.dtype == gl.float32:
-        _keep(kept, first // DEPTH, each, T)
-    return part
+        if t % DEPTH == DEPTH - 1 or t == T - 1:
+            parts = parts + (part,)
+            part = gl.zeros([WIDTH], gl.float32, LINE)
+    if len(given) > 3:
+        _keep(given[3], told, each, T)
+    return parts
 
 
 @gluon.jit
 def _log_adder(
-    slots, ready, ranges, totals, n, count, FIRST: gl.constexpr,
-    Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
+    slots, ranges, totals, n, count, GROUP: gl.constexpr,
+    BITS: gl.constexpr, Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Adds up the exponentials of every other row."""
+    """Adds up the exponentials of every other row, which are there when its range is told."""
     meet()
     step = gl.num_programs(0) // cluster.PROGRAMS
-    row = gl.program_id(0) // cluster.PROGRAMS + FIRST * step
-    i = FIRST + 0
+    row = gl.program_id(0) // cluster.PROGRAMS + GROUP * step
+    i = GROUP + 0
     while row < count:
         top, bottom = hear_range(ranges, i)
         if top - bottom < _NEAR:
-            lanes = lanes_of(slots, slots, ready, (top, True), n, i, _part, nothing, Q, T, SLOTS)
+            add_up(
+                slots, (top, BITS, True), n, i, 0, totals, nothing, _exponentials, nothing,
+                GROUP, False, Q, T, SLOTS,
+            )  # fmt: skip
         else:
-            lanes = lanes_of(slots, slots, ready, (top, False), n, i, _part, nothing, Q, T, SLOTS)
-        share_lanes(lanes, totals, i, 0.0)
+            add_up(
+                slots, (top, BITS, False), n, i, 0, totals, nothing, _exponentials, nothing,
+                GROUP, False, Q, T, SLOTS,
+            )  # fmt: skip
+        fold_lanes(totals, i)
         row += 2 * step
         i += 2
 
@@ -160,7 +176,7 @@ def _log_write(
         slot, _ = where(i, s, Q, SLOTS)
         v = slots.index(slot).load(to_at.type.layout)
         send_for(x, n, count, row, s + SLOTS, at, slots, slot, ready, Q)
-        y = (v.to(gl.float32) - top) - log_total
+        y = (numbers(v) - top) - log_total
         y = y.to(to.dtype.element_ty) if NEAR else _rounded(y, to.dtype.element_ty)
         gl.store(to + s * SLOT + to_at, y, mask=to_at < n - s * SLOT)
 
@@ -171,14 +187,14 @@ def _log_writer(
 ):  # fmt: skip
     """Makes the results of row after row, and sends for the row that takes its place."""
     meet()
-    at = places(wide(2, WARPS))
-    to_at = places(wide(out.dtype.element_ty.primitive_bitwidth // 8, WARPS))
+    at = places(wide(2, cluster.WARPS))
+    to_at = places(wide(out.dtype.element_ty.primitive_bitwidth // 8, cluster.WARPS))
     row = gl.program_id(0) // cluster.PROGRAMS
     for slot in range(SLOTS):
         send_for(x, n, count, row, slot, at, slots, slot, ready, Q)
     i = 0
     while row < count:
-        total, _ = hear_sum(totals, i)
+        total = hear_sum(totals, i)
         top, bottom = hear_range(ranges, i)
         to = out + row.to(gl.int64) * n
         given = (x, to, slots, ready, n, count, row, i, at, to_at, top, _log(total))
@@ -200,142 +216,163 @@ def _log_softmax_kernel(
     slots = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, TILES, WIDTH], plain(2))
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(ready.index(slot), count=WARPS * 32)
+        mbarrier.init(ready.index(slot), count=cluster.WARPS * 32)
     ranges = open_ranges()
     totals = open_lanes()
     gl.thread_barrier()
     n = n_units * 16
+    BITS: gl.constexpr = out.dtype.element_ty.primitive_bitwidth
     gl.warp_specialize(
         [
             (_log_writer, (x, out, slots, ready, ranges, totals, n, count, Q, SLOTS)),
             (_ranger, (slots, ready, ranges, n, count, Q, T, SLOTS)),
-            (_log_adder, (slots, ready, ranges, totals, n, count, 0, Q, T, SLOTS)),
-            (_log_adder, (slots, ready, ranges, totals, n, count, 1, Q, T, SLOTS)),
+            (_log_adder, (slots, ranges, totals, n, count, 0, BITS, Q, T, SLOTS)),
+            (_log_adder, (slots, ranges, totals, n, count, 1, BITS, Q, T, SLOTS)),
         ],
         [cluster.WARPS, cluster.WARPS, cluster.WARPS],
-        [_REGISTERS, _REGISTERS, _REGISTERS],
+        [_RANGER_REGISTERS, _ADDER_REGISTERS, _ADDER_REGISTERS],
     )  # fmt: skip
 
 
 @gluon.jit
+def _wait_for_room(i, s, slot, given):
+    """For `add_up`: until there is room for exponentials, and in which slot."""
+    free, Q, KEPT = given[4], given[5], given[6]
+    room, phase = where(i, s, Q, KEPT)
+    mbarrier.wait(free.index(room), phase ^ 1)
+    return room
+
+
+@gluon.jit
 def _send_for_next(i, s, slot, given):
-    """For `lanes_of`: all have read what is in the slot."""
-    x, n, count, row, at, slots, ready, SLOTS, Q = given[2]
+    """For `add_up`: all have read what is in the slot."""
+    x, n, count, row, at, slots, ready, SLOTS, Q = given[7]
     send_for(x, n, count, row, s + SLOTS, at, slots, slot, ready, Q)
 
 
 @gluon.jit
 def _adder(
-    x, slots, kept, ready, free, ranges, totals, n, count, FIRST: gl.constexpr,
-    Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
+    x, slots, kept, ready, free, turns, ranges, totals, n, count,
+    GROUP: gl.constexpr, BITS: gl.constexpr, Q: gl.constexpr, T: gl.constexpr,
+    SLOTS: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
-    """Makes and adds up the exponentials of every other row, and sends for what takes its place."""
+    """Makes and adds up the exponentials of every other slot; sends for what takes its place."""
     meet()
     at = places(wide(2, cluster.WARPS))
-    step = gl.num_programs(0) // cluster.PROGRAMS
     row = gl.program_id(0) // cluster.PROGRAMS
-    if FIRST == 0:
+    if GROUP == 0:
         for slot in range(SLOTS):
             send_for(x, n, count, row, slot, at, slots, slot, ready, Q)
-    row += FIRST * step
-    i = FIRST + 0
+    i = 0
     while row < count:
         top, bottom = hear_range(ranges, i)
         later = (x, n, count, row, at, slots, ready, SLOTS, Q)
         if top - bottom < _NEAR:
-            lanes = lanes_of(
-                slots, kept, free, (top, True, later), n, i, _part, _send_for_next, Q, T, SLOTS, 1
-            )
+            add_up(
+                slots, (top, BITS, True, kept, free, Q, KEPT, later), n, i, turns, totals,
+                _wait_for_room, _exponentials, _send_for_next, GROUP, True, Q, T, SLOTS,
+            )  # fmt: skip
         else:
-            lanes = lanes_of(
-                slots, kept, free, (top, False, later), n, i, _part, _send_for_next, Q, T, SLOTS, 1
-            )
-        share_lanes(lanes, totals, i, top - bottom)
-        row += 2 * step
-        i += 2
+            add_up(
+                slots, (top, BITS, False, kept, free, Q, KEPT, later), n, i, turns, totals,
+                _wait_for_room, _exponentials, _send_for_next, GROUP, True, Q, T, SLOTS,
+            )  # fmt: skip
+        row += gl.num_programs(0) // cluster.PROGRAMS
+        i += 1
     async_copy.commit_group()
     async_copy.wait_group(0)
 
 
 @gluon.jit
 def _write(
-    to, kept, free, n, i, to_at, total, Q: gl.constexpr, SLOTS: gl.constexpr, NEAR: gl.constexpr
+    to, kept, free, n, i, to_at, total, Q: gl.constexpr, KEPT: gl.constexpr, NEAR: gl.constexpr
 ):
     """Stores the results of a row, slot after slot; where NEAR, none of them is NaN."""
     reciprocal = gl.div_rn(1.0, total)
     for s in range(Q):
-        slot, _ = where(i, s, Q, SLOTS)
+        slot, _ = where(i, s, Q, KEPT)
         e = kept.index(slot).load(to_at.type.layout)
         gl.thread_barrier()
         mbarrier.arrive(free.index(slot))
-        if NEAR:
-            y = _near_div(e, total, reciprocal).to(to.dtype.element_ty)
+        if to.dtype.element_ty.primitive_bitwidth == 16:
+            y = e * reciprocal
         else:
-            y = _rounded(_share_div(e, total, reciprocal), to.dtype.element_ty)
+            y = _near_div(e, total, reciprocal) if NEAR else _share_div(e, total, reciprocal)
+        y = y.to(to.dtype.element_ty) if NEAR else _rounded(y, to.dtype.element_ty)
         gl.store(to + s * SLOT + to_at, y, mask=to_at < n - s * SLOT)
 
 
 @gluon.jit
-def _writer(out, kept, free, totals, n, count, Q: gl.constexpr, SLOTS: gl.constexpr):
+def _writer(out, kept, free, ranges, totals, n, count, Q: gl.constexpr, KEPT: gl.constexpr):
     """Makes the results of row after row."""
     meet()
-    to_at = places(wide(out.dtype.element_ty.primitive_bitwidth // 8, WARPS))
+    to_at = places(wide(4, cluster.WARPS))
     row = gl.program_id(0) // cluster.PROGRAMS
     i = 0
     while row < count:
-        total, width = hear_sum(totals, i)
+        fold_lanes(totals, i)
+        total = hear_sum(totals, i)
+        top, bottom = hear_range(ranges, i)
         given = (out + row.to(gl.int64) * n, kept, free, n, i, to_at, total)
-        if width < _NEAR:
-            _write(*given, Q, SLOTS, True)
+        if top - bottom < _NEAR:
+            _write(*given, Q, KEPT, True)
         else:
-            _write(*given, Q, SLOTS, False)
+            _write(*given, Q, KEPT, False)
         row += gl.num_programs(0) // cluster.PROGRAMS
         i += 1
 
 
 @gluon.jit(do_not_specialize=["n_units", "count"])
 def _softmax_kernel(
-    x, out, n_units, count, Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
+    x, out, n_units, count,
+    Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
-    """Rows of Q slots, T tiles in the last, of SLOTS < 3 Q.
-
-    So a group of adders is at most two rows behind the other, and no range or sum is told before
-    all have heard the one that had its turn before it.
-    """
-    shape: gl.constexpr = [SLOTS, TILES, WIDTH]
-    slots = gl.allocate_shared_memory(x.dtype.element_ty, shape, plain(2))
-    kept = gl.allocate_shared_memory(gl.float32, shape, plain(2))
+    """Rows of Q slots, T tiles in the last; KEPT slots for exponentials."""
+    slots = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, TILES, WIDTH], plain(2))
+    kept = gl.allocate_shared_memory(gl.float32, [KEPT, TILES, WIDTH], plain(2))
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(ready.index(slot), count=cluster.WARPS * 32)
+    free = gl.allocate_shared_memory(gl.int64, [KEPT, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(KEPT):
         mbarrier.init(free.index(slot), count=1)
+    turns = open_turns()
     ranges = open_ranges()
     totals = open_lanes()
     gl.thread_barrier()
     n = n_units * 16
+    BITS: gl.constexpr = out.dtype.element_ty.primitive_bitwidth
     gl.warp_specialize(
         [
-            (_writer, (out, kept, free, totals, n, count, Q, SLOTS)),
+            (_writer, (out, kept, free, ranges, totals, n, count, Q, KEPT)),
             (_ranger, (slots, ready, ranges, n, count, Q, T, SLOTS)),
-            (_adder, (x, slots, kept, ready, free, ranges, totals, n, count, 0, Q, T, SLOTS)),
-            (_adder, (x, slots, kept, ready, free, ranges, totals, n, count, 1, Q, T, SLOTS)),
+            (_adder, (
+                x, slots, kept, ready, free, turns, ranges, totals, n, count,
+                0, BITS, Q, T, SLOTS, KEPT,
+            )),
+            (_adder, (
+                x, slots, kept, ready, free, turns, ranges, totals, n, count,
+                1, BITS, Q, T, SLOTS, KEPT,
+            )),
         ],
         [cluster.WARPS, cluster.WARPS, cluster.WARPS],
-        [_REGISTERS, _REGISTERS, _REGISTERS],
+        [_RANGER_REGISTERS, _ADDER_REGISTERS, _ADDER_REGISTERS],
     )  # fmt: skip
 
 
-_options = {"registers": {WARPS.value: _REGISTERS.value}, "cluster": cluster.PROGRAMS.value}
+_options = {"registers": {cluster.WARPS.value: _REGISTERS}, "cluster": cluster.PROGRAMS.value}
 kernel = RowKernel(_softmax_kernel, **_options)
 log_kernel = RowKernel(_log_softmax_kernel, **_options)
 
 
-def held(log: bool, n: int) -> tuple[int, int, int]:
+def held(log: bool, n: int) -> tuple[int, ...]:
     """The constexprs of the kernel for rows of n elements."""
     slots, last = slots_of(n)
-    most = min(_SLOTS, most_slots(slots)) if log else min(_PAIRED_SLOTS, 3 * slots - 1)
-    return slots, last, most
+    most = most_slots(slots)
+    if log:
+        return slots, last, min(_SLOTS, most)
+    kept = max(min(_KEPT, 2 * slots), slots)
+    return slots, last, min(_ROOM - 2 * kept, most - kept), kept
 
 
 def launch_of(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:
@@ -343,5 +380,5 @@ def launch_of(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any
     count, n = x.shape
     if not fits(x, shape) or n <= (_LOG_LEAST if log else _LEAST):
         return None
-    launch = (count, (x, out), (n // shape.unit, count), held(log, n), WARPS.value)
+    launch = (count, (x, out), (n // shape.unit, count), held(log, n), cluster.WARPS.value)
     return log_kernel if log else kernel, launch

@@ -22,12 +22,11 @@ _DEPTH = gl.constexpr(rows.SEGMENT // rows.LANES)
 _ALL = gl.constexpr(tl.PropagateNan.ALL)
 _NEAR = rows.NEAR
 
-_exp = gluon.jit(explog.exp.fn)
-_near_exp = gluon.jit(explog.near_exp.fn)
 _near_div = gluon.jit(explog.near_div.fn)
 _log = gluon.jit(explog.log.fn)
 _prefetch = gluon.jit(rows.prefetch.fn)
 _rounded = gluon.jit(rows.rounded.fn)
+_term = gluon.jit(rows.term.fn)
 _take_turn = gluon.jit(rows.take_turn.fn)
 _wider = gluon.jit(rows.wider.fn)
 
@@ -99,13 +98,14 @@ def _row(
     WARPS: gl.constexpr,
     NEAR: gl.constexpr,
 ):
+    bits: gl.constexpr = to.dtype.element_ty.primitive_bitwidth
+    kind: gl.constexpr = rows.exponential(bits, NEAR)
     lanes = gl.zeros([_LANES], gl.float32, _lane_layout(WARPS))
     each = ()
     for first in gl.static_range(0, T, _DEPTH):
         part = gl.zeros([_LANES], gl.float32, _lane_layout(WARPS))
         for t in gl.static_range(first, min(first + _DEPTH, T)):
-            v = tiles[t].to(gl.float32) - top
-            e = _near_exp(v) if NEAR else _exp(v, True)
+            e = _term(tiles[t], top, kind)
             if not LOG:
                 each = each + (e,)
             if t == T - 1:
@@ -119,6 +119,8 @@ def _row(
     for t in gl.static_range(T):
         if LOG:
             y = (tiles[t].to(gl.float32) - top) - total
+        elif bits == 16:
+            y = each[t] * reciprocal
         else:
             y = _near_div(each[t], total, reciprocal) if NEAR else gl.div_rn(each[t], total)
         y = y.to(to.dtype.element_ty) if NEAR else _rounded(y, to.dtype.element_ty)

@@ -26,6 +26,7 @@ from batch_invariant_cuda import (
     softmax,
     softmax_long,
     softmax_short,
+    turns,
     varlen_attention,
     varlen_ring,
     varlen_tiles,
@@ -63,7 +64,7 @@ def compile_rows(
     options = {"enable_fp_fusion": False, "maxnreg": self._registers.get(warps)}
     made = fn.warmup(*tensors, *numbers, *static, num_warps=warps, grid=(programs,), **options)
     made.metadata = made.metadata._replace(
-        shared=made.metadata.shared + (cluster.MAILBOXES if self._cluster > 1 else 0)
+        shared=made.metadata.shared + (cluster.MAILBOXES + turns.BYTES if self._cluster > 1 else 0)
     )
     report(made, fn.__name__, *static)
 
@@ -99,7 +100,7 @@ def rows_on_chip() -> None:
     x = torch.zeros(4, 151936, dtype=torch.bfloat16)
     for log, kernel in ((False, softmax_long.kernel), (True, softmax_long.log_kernel)):
         held = softmax_long.held(log, 151936)
-        kernel(4, (x, x), (151936 // 16, 4), held, softmax_long.WARPS.value)
+        kernel(4, (x, x), (151936 // 16, 4), held, cluster.WARPS.value)
     numbers = (151936 // 16, 4, 151936.0, 1e-6)
     for other in (None, x):
         tensors = (x, other, x[0], None, x, other, None, None)

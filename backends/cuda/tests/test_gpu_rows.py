@@ -203,9 +203,7 @@ def test_many_long_rows_have_the_bits_of_the_cpu(label: str, dtype: torch.dtype)
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize(
-    "label", ["softmax to fp32", "log_softmax to fp32", "rms_norm", "rms_norm residual and weight"]
-)
+@pytest.mark.parametrize("label", [*SOFTMAXES, "rms_norm", "rms_norm residual and weight"])
 def test_rows_shared_by_a_cluster_have_the_bits_of_rows_on_one_program(
     label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

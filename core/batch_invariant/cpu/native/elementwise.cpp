@@ -38,6 +38,9 @@ BI_EXPORT i32 bi_map(i32 op, i64 n, const float* x, float* out, i32 threads) {
     case MAP_MINUS_LOG1M:
       return map(threads, n, x, out,
                  [](f32x16 v) __attribute__((always_inline)) { return minus_log1m(v); });
+    case MAP_SHORT_EXP:
+      return map(threads, n, x, out,
+                 [](f32x16 v) __attribute__((always_inline)) { return short_exp(v); });
   }
   return BAD_ARGUMENT;
 }

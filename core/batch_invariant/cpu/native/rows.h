@@ -27,7 +27,8 @@ enum ReduceOp : i32 {
 };
 
 enum SoftmaxOp : i32 {
-  SOFTMAX = 0,      // e / lane sum of e, with e = exp(x - max)
+  // Results of 16 bits are made of short_exp in place of exp, and of e * (1 / s) in place of e / s.
+  SOFTMAX = 0,      // e / s, with e = exp(x - max), s = lane sum of e
   LOG_SOFTMAX = 1,  // (x - max) - log(lane sum of exp(x - max))
 };
 
@@ -36,6 +37,7 @@ enum MapOp : i32 {
   MAP_LOG = 1,
   MAP_TANH = 2,
   MAP_MINUS_LOG1M = 3,
+  MAP_SHORT_EXP = 4,
 };
 
 enum SelectOp : i32 {

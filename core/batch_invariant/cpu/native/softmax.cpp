@@ -27,19 +27,26 @@ __attribute__((noinline)) float row_max(const T* x, i64 n) {
   return result;
 }
 
+// Whether results of that type are made of short exponentials.
+template <class Out>
+constexpr bool SHORT = sizeof(Out) < sizeof(float);
+
 // `exponentials` holds n floats; it may be `out` itself.
 template <class T, class Out>
 void softmax_row(const T* x, i64 n, Out* out, float* exponentials) {
-  float sum = reduce_row<Sum>(n, Exponentials<T, true>{x, row_max(x, n), exponentials});
+  using Terms = Exponentials<T, SHORT<Out>, true>;
+  float sum = reduce_row<Sum>(n, Terms{x, row_max(x, n), exponentials});
+  float reciprocal = 1.0f / sum;
   for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
-    store_result(out + i, load_part(exponentials + i, count) / sum, count);
+    f32x16 e = load_part(exponentials + i, count);
+    store_result(out + i, SHORT<Out> ? e * reciprocal : e / sum, count);
   });
 }
 
 template <class T, class Out>
 void log_softmax_row(const T* x, i64 n, Out* out) {
   float max = row_max(x, n);
-  float log_sum = log(reduce_row<Sum>(n, Exponentials<T, false>{x, max}));
+  float log_sum = log(reduce_row<Sum>(n, Exponentials<T, SHORT<Out>, false>{x, max}));
   for_vectors(n, [=](i64 i, i64 count) __attribute__((always_inline)) {
     store_result(out + i, (load_part(x + i, count) - max) - log_sum, count);
   });
@@ -74,7 +81,7 @@ template <class T>
 float log_sum_exp(const T* x, i64 n) {
   float max = row_max(x, n);
   if (__builtin_fabsf(max) == INFINITY_F32) max = 0.0f;
-  return max + log(reduce_row<Sum>(n, Exponentials<T, false>{x, max}));
+  return max + log(reduce_row<Sum>(n, Exponentials<T, false, false>{x, max}));
 }
 
 template <class T, class Out>

@@ -62,14 +62,20 @@ struct SquaredDifferences {
   }
 };
 
-// exp(x - max), also written to `keep` where KEEP.
-template <class T, bool KEEP>
+// exp(x - max), short_exp where SHORT; also written to `keep` where KEEP.
+template <class T, bool SHORT, bool KEEP>
 struct Exponentials {
   const T* x;
   float max;
   float* keep = nullptr;
   __attribute__((always_inline)) f32x16 operator()(i64 i, i64 count) const {
-    f32x16 e = exp(load_part(x + i, count) - max);
+    f32x16 v = load_part(x + i, count) - max;
+    f32x16 e;
+    if constexpr (SHORT) {
+      e = short_exp(v);
+    } else {
+      e = exp(v);
+    }
     if constexpr (KEEP) store_part(keep + i, e, count);
     return e;
   }
