@@ -5,10 +5,10 @@ each thread of four warps. These send their lanes to all programs, or the range 
 and one warp in each folds what all have sent: lanes in the order of `rows.fold`. It tells the other
 warps what it came to.
 
-A mailbox in a program's shared memory has room for four rows in turn. A warp sends what it has of
-a row only when all programs have sent all of a row before, which is later than the one whose room
-it takes. What a GPU needs (compute capability 9.0): clusters, `st.async`, barriers in shared
-memory.
+A mailbox in a program's shared memory has room for four rows in turn. Lanes of a row are sent only
+when the program was told the sum of the last row but one, and a range when all ranges of the row
+before are there: so all programs are done with the row whose room is taken. What a GPU needs
+(compute capability 9.0): clusters, `st.async`, barriers in shared memory.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A program has an eighth of each of its rows (`cluster.py`): of every tile of 102
 lanes that are its own. 32 tiles, four segments of a row, fill a slot; a row has Q slots, the last
 one with T tiles. Slots are filled and emptied in a ring: where the s-th slot of a program's i-th
 row comes to lie is told by `where`. The warps that read a slot last send for what takes its place.
+
+Two groups of four warps add up rows, a lane in each thread (`add_up`).
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def fits(x: torch.Tensor, shape: Plan) -> bool:
 
 
 def most_slots(slots: int) -> int:
-    """Of a ring for rows of so many slots.
+    """Of the rings that rows of so many slots pass through, all together.
 
     With no more a row is not complete before results are made of the row that had the same turn in
     a mailbox before it: so what was told of that one has been heard by all.

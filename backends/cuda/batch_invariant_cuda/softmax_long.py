@@ -1,10 +1,12 @@
 """softmax and log_softmax of long 16-bit rows that a cluster holds, written in Gluon.
 
 Each element is read once. Eight programs share a row by lanes (`cluster.py`). In each, warps of
-several kinds work on different rows at a time: some find a row's range, two groups in turn add up
-a row's exponentials, and some make the results. What takes a row's place (`row_ring.py`) is sent
-for by those who need it last: for softmax, which keeps the exponentials in a ring of their own,
-by those who make them. Order as in `rows.py`.
+several kinds work on different rows at a time: some find a row's range, two groups add up
+exponentials, and some make the results. What takes a row's place (`row_ring.py`) is sent for by
+those who need it last. For log_softmax these make the results, and a group of adders has every
+other row. softmax keeps the exponentials in a ring of their own, which has room for little more
+than a row; so the groups have all rows together, and those that make the results fold the sums.
+Order as in `rows.py`.
 """
 
 # ruff: noqa: RUF005  (compiled by Triton, which knows less of Python)
@@ -54,7 +56,7 @@ from batch_invariant_cuda.turns import open_turns
 _LEAST = 32 * rows.LANES  # columns: longer rows are held
 _LOG_LEAST = 48 * rows.LANES
 _SLOTS = 24  # in shared memory
-_ROOM = 26  # in shared memory, where one of exponentials takes two
+_ROOM = 26  # in shared memory, beside slots of exponentials, each of which takes the room of two
 _KEPT = 7  # of exponentials
 _REGISTERS = 128  # of a thread, on average
 _ADDER_REGISTERS = gl.constexpr(144)
@@ -310,9 +312,9 @@ def _writer(out, kept, free, ranges, totals, n, count, Q: gl.constexpr, KEPT: gl
     row = gl.program_id(0) // cluster.PROGRAMS
     i = 0
     while row < count:
+        top, bottom = hear_range(ranges, i)
         fold_lanes(totals, i)
         total = hear_sum(totals, i)
-        top, bottom = hear_range(ranges, i)
         given = (out + row.to(gl.int64) * n, kept, free, n, i, to_at, total)
         if top - bottom < _NEAR:
             _write(*given, Q, KEPT, True)
@@ -366,7 +368,10 @@ log_kernel = RowKernel(_log_softmax_kernel, **_options)
 
 
 def held(log: bool, n: int) -> tuple[int, ...]:
-    """The constexprs of the kernel for rows of n elements."""
+    """The constexprs of the kernel for rows of n elements.
+
+    There is room for a row of exponentials, or the first would wait for their own sum.
+    """
     slots, last = slots_of(n)
     most = most_slots(slots)
     if log:

@@ -1,7 +1,9 @@
 """Contracts of softmax and log_softmax and of their derivatives.
 
 Order: exact maximum, fp32 exp of the differences, `row_order.lane_sum` of them, one division (or
-one logarithm), one rounding.
+one logarithm), one rounding. Results of 16 bits are made of a shorter exp, whose error of 4e-6 is
+far below theirs, and of a product with the reciprocal of the sum in place of a division. So softmax
+of `dtype=torch.float32` has the bits of softmax of the input in fp32, whatever the input.
 """
 
 from __future__ import annotations
