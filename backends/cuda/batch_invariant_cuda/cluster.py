@@ -5,13 +5,16 @@ each thread of four warps. These send their lanes to all programs, or the range 
 and one warp in each folds what all have sent: lanes in the order of `rows.fold`. It tells the other
 warps what it came to.
 
-A mailbox in a program's shared memory has room for four rows in turn. Lanes of a row are sent only
-when the program was told the sum of the last row but one, and a range when all ranges of the row
-before are there: so all programs are done with the row whose room is taken. What a GPU needs
-(compute capability 9.0): clusters, `st.async`, barriers in shared memory.
+A mailbox in a program's shared memory has room for lanes of four rows in turn, or for ranges of
+two. Lanes of a row are sent only when the program was told the sum of the last row but one, and a
+range when all ranges of the row before are there: so all programs are done with the row whose room
+is taken. What was told is kept for TOLD rows. What a GPU needs (compute capability 9.0): clusters,
+`st.async`, barriers in shared memory.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,37 +26,48 @@ WIDTH = gl.constexpr(rows.LANES // 8)  # lanes of a program
 WARPS = gl.constexpr(4)  # that send: a lane in each thread
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 PAIRS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
-TURNS = gl.constexpr(4)
+TOLD = gl.constexpr(16)  # rows of which what was told is kept; see `row_ring.py`
 
-_LANES_MAIL = gl.constexpr(4 * rows.LANES)  # bytes of a row: a number for each lane
-_RANGE_MAIL = gl.constexpr(8 * PROGRAMS.value * WARPS.value)  # two for each warp
+
+@dataclass(frozen=True)
+class _Mailbox:
+    """Bytes of the mail of a row, and for how many rows there is room; both powers of 2."""
+
+    mail: int
+    turns: int
+
+    @property
+    def barriers(self) -> int:
+        """Where they begin: for each turn of the mail, and for each of what is told."""
+        return self.turns * self.mail
+
+    @property
+    def results(self) -> int:
+        """Where they begin: two numbers for each turn of what is told."""
+        return self.barriers + 8 * (self.turns + TOLD.value)
+
+    @property
+    def size(self) -> int:
+        """A multiple of 128: if what lies behind began elsewhere, copies to it took longer."""
+        return -(-(self.results + 8 * TOLD.value) // 128) * 128
+
+
+_LANES = gl.constexpr(_Mailbox(4 * rows.LANES, 4))  # a number for each lane
+_RANGES = gl.constexpr(_Mailbox(8 * PROGRAMS.value * WARPS.value, 2))  # two for each warp
+MAILBOXES = _LANES.value.size + _RANGES.value.size  # bytes that a kernel may need
 
 
 @gluon.constexpr_function
-def mailbox_size(mail):
-    """Bytes: mail, two barriers (all mail is here, the result is here), two numbers of results.
-
-    A multiple of 128: if what lies behind began elsewhere, copies to it took longer.
-    """
-    return -(-TURNS.value * (mail + 24) // 128) * 128
-
-
-# bytes that a kernel may need
-MAILBOXES = sum(mailbox_size(mail.value) for mail in (_LANES_MAIL, _RANGE_MAIL))
-
-
-@gluon.constexpr_function
-def _opening(mail):
-    turns = TURNS.value
+def _opening(box):
     barriers = "".join(
-        f"@first mbarrier.init.shared::cta.b64 [$0 + {turns * mail + i * 8}], 1;"
-        for i in range(2 * turns)
+        f"@first mbarrier.init.shared::cta.b64 [$0 + {at}], 1;"
+        for at in range(box.barriers, box.results, 8)
     )
     return f"""{{
-        .shared .align 128 .b8 mailbox{mail}[{mailbox_size(mail)}];
+        .shared .align 128 .b8 mailbox{box.mail}[{box.size}];
         .reg .b32 thread;
         .reg .pred first;
-        mov.u32 $0, mailbox{mail};
+        mov.u32 $0, mailbox{box.mail};
         mov.u32 thread, %tid.x;
         setp.eq.u32 first, thread, 0;
         {barriers}
@@ -63,14 +77,14 @@ def _opening(mail):
 @gluon.jit
 def open_lanes():
     """The address of a mailbox for lanes. Before the first mail the cluster has to `meet`."""
-    steps: gl.constexpr = _opening(_LANES_MAIL)
+    steps: gl.constexpr = _opening(_LANES)
     return gl.inline_asm_elementwise(steps, "=&r", [], gl.int32, False, 1)
 
 
 @gluon.jit
 def open_ranges():
     """The address of a mailbox for ranges."""
-    steps: gl.constexpr = _opening(_RANGE_MAIL)
+    steps: gl.constexpr = _opening(_RANGES)
     return gl.inline_asm_elementwise(steps, "=&r", [], gl.int32, False, 1)
 
 
@@ -84,24 +98,34 @@ def meet():
 
 
 @gluon.constexpr_function
-def _turn(mail, mailbox, row):
-    """The registers for a row's turn in a mailbox."""
-    turns = TURNS.value
+def _turn(box, mailbox, row):
+    """The registers for a row's mail."""
     return f"""
-        .reg .b32 turn, phase, mail, arrived, told, result;
-        and.b32 turn, {row}, {turns - 1};
-        bfe.u32 phase, {row}, {turns.bit_length() - 1}, 1;
-        mad.lo.u32 result, turn, 8, {mailbox};
-        add.u32 arrived, result, {turns * mail};
-        add.u32 told, result, {turns * mail + turns * 8};
-        add.u32 result, result, {turns * mail + turns * 16};
-        mad.lo.u32 mail, turn, {mail}, {mailbox};"""
+        .reg .b32 turn, phase, mail, arrived;
+        and.b32 turn, {row}, {box.turns - 1};
+        bfe.u32 phase, {row}, {box.turns.bit_length() - 1}, 1;
+        mad.lo.u32 mail, turn, {box.mail}, {mailbox};
+        mad.lo.u32 arrived, turn, 8, {mailbox};
+        add.u32 arrived, arrived, {box.barriers};"""
 
 
 @gluon.constexpr_function
-def _waiting(barrier, scope):
+def _told(box, mailbox, row):
+    """The registers for what is told of a row."""
+    kept = TOLD.value
     return f"""
-        AGAIN: mbarrier.try_wait.parity.acquire.{scope}.shared::cta.b64 here, [{barrier}], phase;
+        .reg .b32 told, result, told_phase;
+        and.b32 told, {row}, {kept - 1};
+        bfe.u32 told_phase, {row}, {kept.bit_length() - 1}, 1;
+        mad.lo.u32 told, told, 8, {mailbox};
+        add.u32 result, told, {box.results};
+        add.u32 told, told, {box.barriers + 8 * box.turns};"""
+
+
+@gluon.constexpr_function
+def _waiting(barrier, phase, scope):
+    return f"""
+        AGAIN: mbarrier.try_wait.parity.acquire.{scope}.shared::cta.b64 here, [{barrier}], {phase};
         @!here bra AGAIN;"""
 
 
@@ -131,17 +155,17 @@ _TELLING = """
 @gluon.constexpr_function
 def _sending_lanes():
     """$1: the lane. $2: mailbox. $3: the row's number. $4: a lane's bits."""
+    box = _LANES.value
     text = (
-        "{ .reg .b32 number, before; mov.b32 number, $1; sub.s32 before, $3, 2;"
+        f"{{ .reg .b32 number, before; mov.b32 number, $1; sub.s32 before, $3, {box.turns // 2};"
         + _REGISTERS
-        + "{"
-        + _turn(_LANES_MAIL.value, "$2", "before")
+        + _told(box, "$2", "before")
         + "setp.lt.s32 early, before, 0; @early bra SEND;"
-        + _waiting("told", "cta")
-        + "SEND: }"
-        + _turn(_LANES_MAIL.value, "$2", "$3")
+        + _waiting("told", "told_phase", "cta")
+        + "SEND:"
+        + _turn(box, "$2", "$3")
         + f"""
-        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {_LANES_MAIL.value};
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {box.mail};
         mad.lo.u32 own, own, {4 * WIDTH.value}, mail;
         mad.lo.u32 own, number, 4, own;"""
     )
@@ -156,12 +180,14 @@ def _sending_lanes():
 @gluon.constexpr_function
 def _folding():
     """$1: the thread's number. $2: mailbox. $3: the row's number."""
+    box = _LANES.value
     text = (
         "{ .reg .f32 a<16>, b<16>; .reg .b32 number; mov.b32 number, $1;"
         + _REGISTERS
-        + _turn(_LANES_MAIL.value, "$2", "$3")
+        + _turn(box, "$2", "$3")
+        + _told(box, "$2", "$3")
         + "@!folds bra DONE;"
-        + _waiting("arrived", "cluster")
+        + _waiting("arrived", "phase", "cluster")
         + "mad.lo.u32 mail, lane, 8, mail;"
     )
     for i in range(16):
@@ -195,16 +221,18 @@ def _sharing_range():
     """$2: twice the thread's number. $4: mailbox. $6: the row's. $8, $9: large numbers. $10, $11:
     small ones.
     """
+    box = _RANGES.value
     fold = _extreme("max", "a0") + _extreme("min", "b0")
     return (
         "{ .reg .f32 a0, b0; .reg .b32 whole, mask, number, warp; .reg .pred sends;"
         "shr.u32 number, $2, 1;"
         "max.NaN.f32 a0, $8, $9; min.f32 b0, $10, $11;"
         + _REGISTERS
-        + _turn(_RANGE_MAIL.value, "$4", "$6")
+        + _turn(box, "$4", "$6")
+        + _told(box, "$4", "$6")
         + fold
         + f"""
-        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {_RANGE_MAIL.value};
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [arrived], {box.mail};
         setp.lt.u32 sends, lane, {PROGRAMS.value};
         shr.u32 warp, number, 5;
         mad.lo.u32 own, own, {8 * WARPS.value}, mail;
@@ -213,7 +241,7 @@ def _sharing_range():
         mapa.shared::cluster.u32 barrier, arrived, lane;
         @sends st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32
             [there], {{a0, b0}}, [barrier];"""
-        + _waiting("arrived", "cluster")
+        + _waiting("arrived", "phase", "cluster")
         + """
         @!folds bra DONE;
         mad.lo.u32 mail, lane, 8, mail;
@@ -229,7 +257,7 @@ def send_lanes(lanes, mailbox, i):
     """Sends the [WIDTH] lanes of a program's i-th row, when the sum of the last but one is told.
 
     So all programs have sent that one's lanes, and each of them was told the sum of the last but
-    three before: the row that had the same turn.
+    one before it: of the row that had the same turn.
     """
     lane = gl.arange(0, WIDTH, LINE)
     steps: gl.constexpr = _sending_lanes()
@@ -265,12 +293,12 @@ def share_range(top, bottom, mailbox, i):
 
 
 @gluon.constexpr_function
-def _hearing(mail):
+def _hearing(box):
     """$0, $1: what was told. $2: mailbox. $3: the row's number."""
     return (
         "{ .reg .pred here;"
-        + _turn(mail, "$2", "$3")
-        + _waiting("told", "cta")
+        + _told(box, "$2", "$3")
+        + _waiting("told", "told_phase", "cta")
         + "ld.shared.v2.f32 {$0, $1}, [result]; }"
     )
 
@@ -278,7 +306,7 @@ def _hearing(mail):
 @gluon.jit
 def hear_sum(mailbox, i):
     """The sum of the lanes of a program's i-th row."""
-    steps: gl.constexpr = _hearing(_LANES_MAIL)
+    steps: gl.constexpr = _hearing(_LANES)
     total, _ = gl.inline_asm_elementwise(
         steps, "=&f,=&f,r,r", [mailbox, i], (gl.float32, gl.float32), False, 1
     )
@@ -288,7 +316,7 @@ def hear_sum(mailbox, i):
 @gluon.jit
 def hear_range(mailbox, i):
     """The largest and the smallest number of a program's i-th row."""
-    steps: gl.constexpr = _hearing(_RANGE_MAIL)
+    steps: gl.constexpr = _hearing(_RANGES)
     return gl.inline_asm_elementwise(
         steps, "=&f,=&f,r,r", [mailbox, i], (gl.float32, gl.float32), False, 1
     )

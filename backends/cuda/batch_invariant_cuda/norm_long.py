@@ -28,8 +28,6 @@ from batch_invariant_cuda.row_ring import (
     add_up,
     copy,
     fits,
-    most_slots,
-    nothing,
     places,
     plain,
     send_for,
@@ -41,7 +39,7 @@ from batch_invariant_cuda.row_ring import (
 
 _RSTD = reduce_ops.RSTD
 _LEAST = 48 * rows.LANES  # columns: longer rows are held without a residual too
-_SLOTS = 25  # in shared memory, of one ring or two
+_SLOTS = 24  # in shared memory, of one ring or two
 _REGISTERS = 128  # of a thread, on average
 _ADDER_REGISTERS = gl.constexpr(72)
 
@@ -49,23 +47,18 @@ _finished = gluon.jit(reduce_ops.finished.fn)
 
 
 @gluon.jit
-def _wait(i, s, slot, given):
-    """For `add_up`: until the slot is filled.
+def _squares(slots, i, s, T: gl.constexpr, within, given):
+    """For `add_up`: the lanes of the squares of each segment, when the slot is filled.
 
     Those that take every other row see every other use of a slot. They cannot take one for the use
     before: that was told earlier, since an arrival waits for all copies a thread has begun before.
     """
-    ready, Q, SLOTS = given[0], given[1], given[2]
-    _, phase = where(i, s, Q, SLOTS)
-    mbarrier.wait(ready.index(slot), phase)
-    return 0
-
-
-@gluon.jit
-def _squares(slots, slot, told, T: gl.constexpr, within, given):
-    """For `add_up`: the lanes of the squares of each segment."""
-    slots2 = given[3]
+    ready, slots2 = given[0], given[1]
+    Q: gl.constexpr = given[2]
+    SLOTS: gl.constexpr = given[3]
     SUMMED: gl.constexpr = given[4]
+    slot, phase = where(i, s, Q, SLOTS)
+    mbarrier.wait(ready.index(slot), phase)
     held, held2 = tiles_of(slots), tiles_of(slots2)
     parts = ()
     part = gl.zeros([WIDTH], gl.float32, LINE)
@@ -93,8 +86,8 @@ def _adder(
     i = GROUP + 0
     while row < count:
         add_up(
-            slots, (ready, Q, SLOTS, slots2, SUMMED), n, i, 0, mailbox,
-            _wait, _squares, nothing, GROUP, False, Q, T, SLOTS,
+            slots, (ready, slots2, Q, SLOTS, SUMMED), n, i, 0, mailbox, _squares,
+            GROUP, False, Q, T, SLOTS,
         )  # fmt: skip
         fold_lanes(mailbox, i)
         row += 2 * step
@@ -238,7 +231,7 @@ def _rms_norm_kernel(
     T: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """Rows of Q slots, T tiles in the last, of no more than `most_slots`.
+    """Rows of Q slots, T tiles in the last.
 
     KEPT: the weight is kept in registers. The tensors are those of `norm_kernels`; bias and the
     statistics are not used.
@@ -278,7 +271,7 @@ def held(
 ) -> tuple[bool, bool, bool, int, int, int]:
     """The constexprs of the kernel for rows of n elements."""
     slots, last = slots_of(n)
-    return weighted, kept, summed, slots, last, min(most_slots(slots), _SLOTS // (1 + summed))
+    return weighted, kept, summed, slots, last, _SLOTS // (1 + summed)
 
 
 def launch_of(tensors: Sequence[torch.Tensor | None], size: float, eps: float, shape: Plan) -> Any:

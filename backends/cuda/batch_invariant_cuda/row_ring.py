@@ -6,6 +6,10 @@ one with T tiles. Slots are filled and emptied in a ring: where the s-th slot of
 row comes to lie is told by `where`. The warps that read a slot last send for what takes its place.
 
 Two groups of four warps add up rows, a lane in each thread (`add_up`).
+
+The rings that a row passes through have, with the slots that adders hold in registers, at most
+(cluster.TOLD + 1) Q - 1 slots. With more, a row could be complete before results are made of the
+row that was told of in the same place, and not all might have heard of that.
 """
 
 from __future__ import annotations
@@ -43,15 +47,6 @@ def fits(x: torch.Tensor, shape: Plan) -> bool:
     if x.element_size() != 2 or not x.is_cuda or shape.unit == 1 or shape.tiles:
         return False
     return slots_of(x.size(1))[0] <= _MOST and shared_memory(x.device.index) >= 227 << 10
-
-
-def most_slots(slots: int) -> int:
-    """Of the rings that rows of so many slots pass through, all together.
-
-    With no more a row is not complete before results are made of the row that had the same turn in
-    a mailbox before it: so what was told of that one has been heard by all.
-    """
-    return (cluster.TURNS.value + 1) * slots - 1
 
 
 @gluon.constexpr_function
@@ -118,12 +113,6 @@ def tiles_of(slots):
 
 
 @gluon.jit
-def nothing(i, s, slot, given):
-    """For `add_up`: there is nothing to wait for, or what is read is still needed."""
-    return 0
-
-
-@gluon.jit
 def _added(lanes, parts, i, s, turns, GROUP: gl.constexpr, TOGETHER: gl.constexpr, Q: gl.constexpr):
     """The segments of a slot added to the lanes of those before."""
     if TOGETHER:
@@ -136,8 +125,7 @@ def _added(lanes, parts, i, s, turns, GROUP: gl.constexpr, TOGETHER: gl.constexp
 
 @gluon.jit
 def add_up(
-    slots, given, n, i, turns, mailbox,
-    enter: gl.constexpr, segments: gl.constexpr, leave: gl.constexpr,
+    slots, given, n, i, turns, mailbox, segments: gl.constexpr,
     GROUP: gl.constexpr, TOGETHER: gl.constexpr,
     Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -146,33 +134,24 @@ def add_up(
     TOGETHER: two groups take the slots of all rows in turn. Each adds up the segments of its slot,
     and then these to the lanes that the other hands on. Otherwise a group has the row for itself.
 
-    enter(i, s, slot, given): waits until the s-th slot of the row can be read. What it returns is
-    told to `segments`.
-    segments(slots, slot, told, T, within, given): the lanes of each segment of T tiles of a slot;
-    of the last tile those that are within. All of a slot at a time: so much is on its way then
-    that few warps are enough.
-    leave(i, s, slot, given): what to do when a slot has been read.
+    segments(slots, i, s, T, within, given): the lanes of each segment of the T tiles of the row's
+    s-th slot; of the last tile those that are within. All of a slot at a time: so much is on its
+    way then that few warps are enough.
     """
     everywhere = gl.full([WIDTH], True, gl.int1, LINE)
     lanes = gl.zeros([WIDTH], gl.float32, LINE)
     first = (i * Q + GROUP) % 2 if TOGETHER else 0
     for s in range(first, Q - 1, 2 if TOGETHER else 1):
-        slot, _ = where(i, s, Q, SLOTS)
-        told = enter(i, s, slot, given)
-        parts = segments(slots, slot, told, TILES, everywhere, given)
+        parts = segments(slots, i, s, TILES, everywhere, given)
         lanes = _added(lanes, parts, i, s, turns, GROUP, TOGETHER, Q)
         if TOGETHER:
             hand_on(lanes, turns, GROUP)
-        leave(i, s, slot, given)
     if not TOGETHER or (i * Q + Q - 1 - GROUP) % 2 == 0:
-        slot, _ = where(i, Q - 1, Q, SLOTS)
-        told = enter(i, Q - 1, slot, given)
         first_lane = gl.program_id(0) % cluster.PROGRAMS * WIDTH
         in_last = ((Q - 1) * TILES + T - 1) * LANES
         within = first_lane + gl.arange(0, WIDTH, LINE) < n - in_last
-        parts = segments(slots, slot, told, T, within, given)
+        parts = segments(slots, i, Q - 1, T, within, given)
         lanes = _added(lanes, parts, i, Q - 1, turns, GROUP, TOGETHER, Q)
         send_lanes(lanes, mailbox, i)
         if TOGETHER:
             hand_on(lanes, turns, GROUP)
-        leave(i, Q - 1, slot, given)

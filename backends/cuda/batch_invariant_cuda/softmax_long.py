@@ -40,8 +40,6 @@ from batch_invariant_cuda.row_ring import (
     TILES,
     add_up,
     fits,
-    most_slots,
-    nothing,
     numbers,
     places,
     plain,
@@ -57,7 +55,6 @@ _LEAST = 32 * rows.LANES  # columns: longer rows are held
 _LOG_LEAST = 48 * rows.LANES
 _SLOTS = 24  # in shared memory
 _ROOM = 26  # in shared memory, beside slots of exponentials, each of which takes the room of two
-_KEPT = 7  # of exponentials
 _REGISTERS = 128  # of a thread, on average
 _ADDER_REGISTERS = gl.constexpr(144)
 _RANGER_REGISTERS = gl.constexpr(48)
@@ -118,11 +115,8 @@ def _keep(kept, slot, each, T: gl.constexpr):
 
 
 @gluon.jit
-def _exponentials(slots, slot, told, T: gl.constexpr, within, given):
-    """For `add_up`: the lanes of the exponentials of each segment.
-
-    The exponentials are kept, if there is a ring for them, in the slot that is told.
-    """
+def _terms(slots, slot, T: gl.constexpr, within, given):
+    """The exponentials of each tile of a slot, and the lanes of those of each segment."""
     top = given[0]
     kind: gl.constexpr = rows.exponential(given[1], given[2])
     held = tiles_of(slots)
@@ -136,8 +130,16 @@ def _exponentials(slots, slot, told, T: gl.constexpr, within, given):
         if t % DEPTH == DEPTH - 1 or t == T - 1:
             parts = parts + (part,)
             part = gl.zeros([WIDTH], gl.float32, LINE)
-    if len(given) > 3:
-        _keep(given[3], told, each, T)
+    return each, parts
+
+
+@gluon.jit
+def _log_terms(slots, i, s, T: gl.constexpr, within, given):
+    """For `add_up`: the lanes of the exponentials of each segment."""
+    Q: gl.constexpr = given[3]
+    SLOTS: gl.constexpr = given[4]
+    slot, _ = where(i, s, Q, SLOTS)
+    _, parts = _terms(slots, slot, T, within, given)
     return parts
 
 
@@ -155,12 +157,12 @@ def _log_adder(
         top, bottom = hear_range(ranges, i)
         if top - bottom < _NEAR:
             add_up(
-                slots, (top, BITS, True), n, i, 0, totals, nothing, _exponentials, nothing,
+                slots, (top, BITS, True, Q, SLOTS), n, i, 0, totals, _log_terms,
                 GROUP, False, Q, T, SLOTS,
             )  # fmt: skip
         else:
             add_up(
-                slots, (top, BITS, False), n, i, 0, totals, nothing, _exponentials, nothing,
+                slots, (top, BITS, False, Q, SLOTS), n, i, 0, totals, _log_terms,
                 GROUP, False, Q, T, SLOTS,
             )  # fmt: skip
         fold_lanes(totals, i)
@@ -214,7 +216,7 @@ def _log_writer(
 def _log_softmax_kernel(
     x, out, n_units, count, Q: gl.constexpr, T: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Rows of Q slots, T tiles in the last, of no more than `most_slots`."""
+    """Rows of Q slots, T tiles in the last."""
     slots = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, TILES, WIDTH], plain(2))
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
@@ -237,19 +239,23 @@ def _log_softmax_kernel(
 
 
 @gluon.jit
-def _wait_for_room(i, s, slot, given):
-    """For `add_up`: until there is room for exponentials, and in which slot."""
-    free, Q, KEPT = given[4], given[5], given[6]
+def _kept_terms(slots, i, s, T: gl.constexpr, within, given):
+    """For `add_up`: the lanes of the exponentials of each segment, which are kept.
+
+    What takes the slot's place is sent for when it has been read. There need not be room for the
+    exponentials before they are made.
+    """
+    x, n, count, row, at, ready, kept, free = given[3]
+    Q: gl.constexpr = given[4]
+    SLOTS: gl.constexpr = given[5]
+    KEPT: gl.constexpr = given[6]
+    slot, _ = where(i, s, Q, SLOTS)
+    each, parts = _terms(slots, slot, T, within, given)
+    send_for(x, n, count, row, s + SLOTS, at, slots, slot, ready, Q)
     room, phase = where(i, s, Q, KEPT)
     mbarrier.wait(free.index(room), phase ^ 1)
-    return room
-
-
-@gluon.jit
-def _send_for_next(i, s, slot, given):
-    """For `add_up`: all have read what is in the slot."""
-    x, n, count, row, at, slots, ready, SLOTS, Q = given[7]
-    send_for(x, n, count, row, s + SLOTS, at, slots, slot, ready, Q)
+    _keep(kept, room, each, T)
+    return parts
 
 
 @gluon.jit
@@ -268,16 +274,16 @@ def _adder(
     i = 0
     while row < count:
         top, bottom = hear_range(ranges, i)
-        later = (x, n, count, row, at, slots, ready, SLOTS, Q)
+        ring = (x, n, count, row, at, ready, kept, free)
         if top - bottom < _NEAR:
             add_up(
-                slots, (top, BITS, True, kept, free, Q, KEPT, later), n, i, turns, totals,
-                _wait_for_room, _exponentials, _send_for_next, GROUP, True, Q, T, SLOTS,
+                slots, (top, BITS, True, ring, Q, SLOTS, KEPT), n, i, turns, totals, _kept_terms,
+                GROUP, True, Q, T, SLOTS,
             )  # fmt: skip
         else:
             add_up(
-                slots, (top, BITS, False, kept, free, Q, KEPT, later), n, i, turns, totals,
-                _wait_for_room, _exponentials, _send_for_next, GROUP, True, Q, T, SLOTS,
+                slots, (top, BITS, False, ring, Q, SLOTS, KEPT), n, i, turns, totals, _kept_terms,
+                GROUP, True, Q, T, SLOTS,
             )  # fmt: skip
         row += gl.num_programs(0) // cluster.PROGRAMS
         i += 1
@@ -370,14 +376,14 @@ log_kernel = RowKernel(_log_softmax_kernel, **_options)
 def held(log: bool, n: int) -> tuple[int, ...]:
     """The constexprs of the kernel for rows of n elements.
 
-    There is room for a row of exponentials, or the first would wait for their own sum.
+    There is room for more than a row's exponentials where rows are short: a sum is on its way for
+    as long as it takes to make those of some slots.
     """
     slots, last = slots_of(n)
-    most = most_slots(slots)
     if log:
-        return slots, last, min(_SLOTS, most)
-    kept = max(min(_KEPT, 2 * slots), slots)
-    return slots, last, min(_ROOM - 2 * kept, most - kept), kept
+        return slots, last, _SLOTS
+    kept = slots + (9 - slots) // 3
+    return slots, last, _ROOM - 2 * kept, kept
 
 
 def launch_of(log: bool, x: torch.Tensor, out: torch.Tensor, shape: Plan) -> Any:

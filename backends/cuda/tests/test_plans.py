@@ -13,14 +13,19 @@ from batch_invariant.errors import ConfigurationError
 from batch_invariant_cuda import (
     attention,
     choice,
+    cluster,
     gemm,
     gemm_double,
     gemm_hopper,
     gemm_single,
     matmul,
+    norm_long,
     problem,
     row_launch,
+    row_ring,
+    rows,
     softmax,
+    softmax_long,
 )
 from batch_invariant_cuda.chunks import DEPTHS, chunk_of, chunks_by_depth
 from batch_invariant_cuda.schedules import parse, read
@@ -291,3 +296,21 @@ def test_no_more_clusters_are_launched_than_a_gpu_runs_at_a_time(monkeypatch):
     with pytest.raises(RuntimeError, match="kernel needs clusters of 8 programs"):
         shared._at_a_time(made("none"), 1024)
     assert row_launch.RowKernel(kernel)._at_a_time(made("none"), 1024) == 1024
+
+
+@pytest.mark.parametrize("n", range(16400, 262145, 16384))
+def test_rings_of_long_rows_are_long_enough_and_not_too_long(n):
+    """Longer than a row; and what is told of a row stays until all have heard of it."""
+    slots, tiles = row_ring.slots_of(n)
+    assert ((slots - 1) * row_ring.TILES + tiles - 1) * rows.LANES < n
+    assert n <= ((slots - 1) * row_ring.TILES + tiles) * rows.LANES
+    rings = [norm_long.held(n, True, True, True)[-1:]]
+    if n > softmax_long._LEAST:
+        *_, ring, kept = softmax_long.held(False, n)
+        assert kept >= slots
+        rings.append((ring, kept, 2))  # each group of adders has one in registers
+    if n > softmax_long._LOG_LEAST:
+        rings += softmax_long.held(True, n)[-1:], norm_long.held(n, True, True, False)[-1:]
+    for ring, *others in rings:
+        assert ring > slots
+        assert ring + sum(others) < (cluster.TOLD + 1) * slots
